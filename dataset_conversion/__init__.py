@@ -1,0 +1,1 @@
+"""Dataset converters, one script per data set."""

@@ -1,0 +1,1 @@
+"""Semi-supervised segmentation for nnU-Net v2."""

@@ -1,0 +1,52 @@
+"""Package nnunet_ssl; `trainers/` and `dataset_conversion/` are installed as its subpackages."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+version = {}
+exec((HERE / "nnunet_ssl" / "version.py").read_text(), version)
+
+setup(
+    name="nnunet-ssl",
+    version=version["__version__"],
+    description="Semi-supervised medical image segmentation as an nnU-Net v2 plugin",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The nnunet_ssl developers",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["nnunet_ssl", "nnunet_ssl.*"]),
+        "nnunet_ssl.trainers",
+        "nnunet_ssl.dataset_conversion",
+    ],
+    package_dir={
+        "nnunet_ssl": "nnunet_ssl",
+        "nnunet_ssl.trainers": "trainers",
+        "nnunet_ssl.dataset_conversion": "dataset_conversion",
+    },
+    install_requires=[
+        "nnunetv2>=2.8.1,<2.9",
+        "torch",
+        "numpy",
+        "SimpleITK",
+        "batchgenerators",
+        "dynamic-network-architectures",
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        "slurm": ["submitit"],
+        "mamba": ["mamba-ssm"],
+        "dev": ["pytest", "ruff", "mypy", "codespell", "pre-commit"],
+    },
+    entry_points={"console_scripts": ["nnunet_ssl=nnunet_ssl.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+)
