@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-version = {}
+version: dict = {}
 exec((HERE / "nnunet_ssl" / "version.py").read_text(), version)
 
 setup(
@@ -20,6 +20,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         *find_packages(include=["nnunet_ssl", "nnunet_ssl.*"]),
+        "nnunet_ssl.discovery",  # no __init__.py: nnU-Net reads its files as top-level modules
         "nnunet_ssl.trainers",
         "nnunet_ssl.dataset_conversion",
     ],
@@ -29,13 +30,14 @@ setup(
         "nnunet_ssl.dataset_conversion": "dataset_conversion",
     },
     install_requires=[
-        "nnunetv2>=2.8.1,<2.9",
+        version["nnunet_range"](),
         "torch",
         "numpy",
         "SimpleITK",
         "batchgenerators",
         "dynamic-network-architectures",
         "matplotlib",
+        "scipy",
         "tqdm",
     ],
     extras_require={
