@@ -1,7 +1,9 @@
 """Exponential moving average of a network."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def ema_decay_at(step: int, decay: float) -> float:
@@ -41,7 +43,9 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
         torch._foreach_copy_(copied, source)
 
 
-def _pairs(teacher, student, what: str) -> tuple[list, list]:
+def _pairs(
+    teacher: Iterable[Tensor], student: Iterable[Tensor], what: str
+) -> tuple[list[Tensor], list[Tensor]]:
     t, s = list(teacher), list(student)
     if [x.shape for x in t] != [x.shape for x in s]:
         raise ValueError(
