@@ -21,7 +21,8 @@ def largest_component(
         classes: classes to filter; None filters all but background.
 
     Returns:
-        (B, 1, *), dtype and device kept. Diagonal neighbours connect. Of equal components one stays.
+        (B, 1, *), dtype and device kept. Diagonal neighbours connect. Of components of the same
+        size one stays.
 
     Source: Bai et al. 2023, arXiv:2305.00673 (code).
     """

@@ -38,7 +38,7 @@ def random_boxes(
     """
     if not 0 < low <= high <= 1:
         raise ValueError(f"Box sides must satisfy 0 < low <= high <= 1; got {low} and {high}.")
-    boxes = []
+    boxes: list[list[slice]] = []
     for draw in torch.rand(1 if same else batch, len(spatial), 2, dtype=torch.float64).tolist():
         box = []
         for size, (u_side, u_position) in zip(spatial, draw, strict=True):
@@ -46,10 +46,10 @@ def random_boxes(
             side = min(max(math.floor((low + (high - low) * u_side) * size + 1e-6), 1), size)
             start = math.floor(u_position * (size - side + 1))
             box.append(slice(start, start + side))
-        boxes.append(tuple(box))
+        boxes.append(box)
     inside = torch.zeros((batch, 1, *spatial), dtype=torch.bool, device=device)
-    for sample, box in enumerate(boxes * batch if same else boxes):
-        inside[(sample, 0, *box)] = True
+    for sample, box in zip(inside, boxes * batch if same else boxes, strict=True):
+        sample[(0, *box)] = True
     return inside
 
 
@@ -67,7 +67,7 @@ def exchange(a: Tensor, b: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: shapes differ.
 
-    Source: Bai et al. 2023, arXiv:2305.00673, Sec. 3.2 (bidirectional copy-paste).
+    Source: Bai et al. 2023, arXiv:2305.00673 (bidirectional copy-paste).
     """
     if a.shape != b.shape or inside.shape != (a.shape[0], 1, *a.shape[2:]):
         raise ValueError(

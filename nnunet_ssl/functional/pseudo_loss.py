@@ -31,11 +31,12 @@ def pseudo_ce_dice(
             elsewhere and at all other voxels; values between scale both terms.
         pseudo_voxels: (B, 1, *) bool, voxels whose target is a pseudo-label, counted or not.
         regions: channels are independent regions: binary CE, Dice over all of them.
-        min_voxels: classes (regions) with less counted pseudo-label are left out of the Dice.
+        min_voxels: classes (regions) with less counted pseudo-label are left out of the Dice; 0
+            keeps all, absent ones too, as nnU-Net does.
 
     Returns:
         Scalar: sum(weight * CE) / #pseudo voxels (and regions) - mean Dice, summed over the batch
-        and without background, of the classes kept. 0 with zero gradient where nothing counts.
+        and without background, of the classes kept. 0 with zero gradient if nothing counts.
         No gradient into labels or weights, nor into logits where `weight` is 0.
 
     Raises:
