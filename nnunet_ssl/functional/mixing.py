@@ -49,7 +49,7 @@ def random_boxes(
         boxes.append(box)
     inside = torch.zeros((batch, 1, *spatial), dtype=torch.bool, device=device)
     for sample, box in zip(inside, boxes * batch if same else boxes, strict=True):
-        sample[(0, *box)] = True
+        sample[0][tuple(box)] = True
     return inside
 
 
