@@ -1,0 +1,428 @@
+"""The command `nnunet_ssl`: thin sub-commands around the package and nnU-Net's own commands.
+
+Heavy modules are imported inside the sub-commands, so that `--help` answers at once.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.version import __version__, check_nnunet_version
+
+DEFAULT_TRAINER = "SSLTrainer"
+DEFAULT_PLANS = "nnUNetPlans"
+
+OVERVIEW = """\
+nnunet_ssl trains nnU-Net with few annotated scans and many without masks.
+
+your own data in four commands:
+  eval "$(nnunet_ssl env)"                           # tell nnU-Net where our trainers are
+  nnunet_ssl doctor -d 4                             # is everything set up?
+  nnunet_ssl plan_and_preprocess -d 4 -c 3d_fullres  # imagesTr and imagesUn
+  nnunet_ssl train 4 3d_fullres all                  # or: nnUNetv2_train 4 3d_fullres all -tr ...
+"""
+
+# nnU-Net's own arguments, declared for --help and to be read here; they are handed on as typed.
+TRAIN_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("dataset", {"help": "id or name: 4 or Dataset004_Hippocampus"}),
+    ("configuration", {"help": "2d, 3d_fullres or 3d_lowres"}),
+    ("fold", {"help": "0 to 4, or all: train on every annotated case"}),
+    ("-tr", {"help": f"trainer, with settings if wanted: NAME+num_epochs=100 ({DEFAULT_TRAINER})"}),
+    ("-p", {"default": DEFAULT_PLANS, "help": "plans (%(default)s)"}),
+    ("-device", {"default": "cuda", "help": "cuda, cpu or mps (%(default)s)"}),
+    ("--c", {"action": "store_true", "help": "continue from the latest checkpoint"}),
+    ("--val", {"action": "store_true", "help": "only run the final validation"}),
+    ("--val_best", {"action": "store_true", "help": "validate checkpoint_best"}),
+    ("--npz", {"action": "store_true", "help": "keep the probabilities of the final validation"}),
+    ("-pretrained_weights", {"help": "checkpoint to start from"}),
+    ("-num_gpus", {"default": "1", "help": "number of GPUs (%(default)s)"}),
+    ("--disable_checkpointing", {"action": "store_true", "help": "save nothing"}),
+]
+PREDICT_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("-i", {"required": True, "help": "folder with images, named CASE_0000.nii.gz"}),
+    ("-o", {"required": True, "help": "folder for the segmentations"}),
+    ("-d", {"required": True, "help": "data set id or name"}),
+    ("-c", {"required": True, "help": "2d, 3d_fullres or 3d_lowres"}),
+    ("-f", {"nargs": "+", "default": list("01234"), "help": "folds that were trained, or all"}),
+    ("-tr", {"help": f"trainer name as given to train ({DEFAULT_TRAINER})"}),
+    ("-p", {"default": DEFAULT_PLANS, "help": "plans (%(default)s)"}),
+    ("-device", {"default": "cuda", "help": "cuda, cpu or mps (%(default)s)"}),
+    ("-chk", {"help": "checkpoint name (checkpoint_final.pth)"}),
+    ("-step_size", {"help": "step of the sliding window, in patches (0.5)"}),
+    ("--disable_tta", {"action": "store_true", "help": "no mirroring: faster, less accurate"}),
+    ("--save_probabilities", {"action": "store_true", "help": "also write probabilities"}),
+    ("--continue_prediction", {"action": "store_true", "help": "skip cases already predicted"}),
+    ("--not_on_device", {"action": "store_true", "help": "keep results in RAM (large images)"}),
+    ("--verbose", {"action": "store_true", "help": "tell more"}),
+    ("--disable_progress_bar", {"action": "store_true", "help": "no progress bar"}),
+    ("-npp", {"help": "processes for preprocessing (3)"}),
+    ("-nps", {"help": "processes for writing (3)"}),
+    ("-num_parts", {"help": "split the work into this many parts"}),
+    ("-part_id", {"help": "which part this run does"}),
+    ("-prev_stage_predictions", {"help": "predictions of the previous stage of a cascade"}),
+]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all sub-commands; each sets `run`, a function of the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        prog="nnunet_ssl",
+        description=OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"nnunet_ssl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int | None], text: str, example: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text}.\n\nexample: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    example = 'eval "$(nnunet_ssl env)"'
+    add("env", run_env, "print the line that lets nnU-Net find our trainers", example)
+
+    sub = add("doctor", run_doctor, "check the set-up and say the fixes", "nnunet_ssl doctor -d 4")
+    sub.add_argument("-d", metavar="ID", help="also check this data set (id or name)")
+    sub.add_argument("-c", metavar="CONFIG", help="only this configuration, and it must be ready")
+    sub.add_argument("-p", metavar="PLANS", default=DEFAULT_PLANS, help="plans (%(default)s)")
+
+    sub = add("list", run_list, "show the trainers", f"nnunet_ssl list {DEFAULT_TRAINER}")
+    sub.add_argument("name", nargs="?", help="show the settings of this trainer")
+
+    sub = add(
+        "split",
+        run_split,
+        "make a data set with few masks from a fully annotated one",
+        "nnunet_ssl split -d 4 -o 104 --labeled 4 --draw 0 --test 40",
+    )
+    sub.add_argument("-d", required=True, metavar="ID", help="the fully annotated data set")
+    sub.add_argument("-o", required=True, type=int, metavar="NEWID", help="id of the new data set")
+    sub.add_argument("--labeled", required=True, type=int, metavar="N", help="cases keeping masks")
+    order = sub.add_mutually_exclusive_group()
+    order.add_argument("--draw", type=int, metavar="K", help="seed of a random order of the cases")
+    order.add_argument("--list", metavar="FILE", help="order of the cases, one name a line")
+    sub.add_argument(
+        "--test", metavar="N|FILE", help="last N cases, or those named in FILE, become a test set"
+    )
+    sub.add_argument("--copy", action="store_true", help="copy files instead of linking them")
+
+    sub = add(
+        "plan_and_preprocess",
+        run_plan_and_preprocess,
+        "plan with nnU-Net's planner and preprocess imagesTr and imagesUn",
+        "nnunet_ssl plan_and_preprocess -d 4 -c 2d 3d_fullres",
+    )
+    sub.add_argument("-d", required=True, metavar="ID", help="data set id or name")
+    sub.add_argument(
+        "-c",
+        nargs="+",
+        default=["2d", "3d_fullres", "3d_lowres"],
+        metavar="CONFIG",
+        help="configurations to preprocess; those the plans lack are skipped (%(default)s)",
+    )
+    sub.add_argument(
+        "--plan-on",
+        choices=["all", "labeled"],
+        default="all",
+        help="plan with the shapes of all scans, or of the annotated ones only (%(default)s)",
+    )
+    sub.add_argument(
+        "--keep_plans", action="store_true", help="keep existing plans, only preprocess"
+    )
+    sub.add_argument("-pl", default="ExperimentPlanner", help="planner class (%(default)s)")
+    sub.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory to plan for")
+    sub.add_argument(
+        "-preprocessor_name", default="DefaultPreprocessor", help="preprocessor (%(default)s)"
+    )
+    sub.add_argument(
+        "-overwrite_target_spacing",
+        nargs=3,
+        type=float,
+        metavar="MM",
+        help="target spacing of 3d_fullres",
+    )
+    sub.add_argument("-overwrite_plans_name", metavar="NAME", help="name of the new plans")
+    sub.add_argument("-npfp", type=int, metavar="N", help="processes for the fingerprint")
+    sub.add_argument("-np", type=int, metavar="N", help="processes for preprocessing")
+
+    sub = add(
+        "train",
+        run_train,
+        "nnU-Net's training, with an estimate of time and memory first; nnU-Net's own arguments",
+        "nnunet_ssl train 4 3d_fullres all -tr SSLTrainer+num_epochs=100",
+    )
+    for name, options in TRAIN_OPTIONS:
+        sub.add_argument(name, **options)
+
+    sub = add(
+        "predict",
+        run_predict,
+        "nnU-Net's prediction; nnU-Net's own arguments",
+        "nnunet_ssl predict -i images -o segmentations -d 4 -c 3d_fullres -f all",
+    )
+    for name, options in PREDICT_OPTIONS:
+        sub.add_argument(name, **options)
+
+    sub = add(
+        "export",
+        run_export,
+        "write a slim model folder that predicts with nnU-Net alone",
+        "nnunet_ssl export -i SSLTrainer__nnUNetPlans__3d_fullres -o to_share",
+    )
+    sub.add_argument("-i", required=True, metavar="MODEL_FOLDER", help="holds plans.json, fold_X")
+    sub.add_argument("-o", required=True, metavar="OUT", help="folder to make")
+    sub.add_argument(
+        "--network",
+        choices=["student", "teacher"],
+        help="which network; default: the one the trainer predicts with",
+    )
+    sub.add_argument("-f", nargs="+", metavar="FOLD", help="folds; default: all that are there")
+    sub.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint (%(default)s)")
+
+    sub = add(
+        "demo",
+        run_demo,
+        "make a small 3D data set, train with and without its unlabelled scans, compare",
+        "nnunet_ssl demo -o demo_run",
+    )
+    sub.add_argument("-o", metavar="FOLDER", default="demo_run", help="work folder (%(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the data set (%(default)s)")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
+    return parser
+
+
+def run_env(args: argparse.Namespace) -> None:
+    """Print the export line, for `eval` or a shell's start file."""
+    from nnunet_ssl.doctor import export_line
+
+    print(export_line())
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Print the checks; 1 if one failed."""
+    from nnunet_ssl import doctor
+
+    return doctor.run_doctor(args.d, args.c, args.p)
+
+
+def run_list(args: argparse.Namespace) -> None:
+    """Print the table of trainers, or one trainer's settings."""
+    from nnunet_ssl import naming
+
+    if args.name:
+        print(describe_trainer(args.name, naming.resolve(args.name)))
+    else:
+        print(trainer_table(naming.trainer_classes()))
+
+
+def trainer_table(classes: dict[str, Any]) -> str:
+    """One line per trainer, columns aligned."""
+    yes_no = {True: "yes", False: "no"}
+    rows = [
+        (
+            *("trainer", "method", "dims", "networks", "predicts with"),
+            *("regions", "ignore", "DDP", "step", "paper"),
+        )
+    ]
+    for name, cls in sorted(classes.items()):
+        rows.append(
+            (
+                name,
+                cls.method,
+                "/".join(cls.dims),
+                cls.networks,
+                cls.deploy if cls.deploys_stock else f"{cls.deploy} (needs nnunet_ssl)",
+                yes_no[cls.supports_regions],
+                yes_no[cls.supports_ignore],
+                yes_no[cls.supports_ddp],
+                f"{cls.step_cost:g}x",
+                cls.paper,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    lines.append("\nstep: cost of a training step, in steps of the supervised twin.")
+    lines.append("Settings of one trainer: nnunet_ssl list NAME")
+    return "\n".join(lines)
+
+
+def describe_trainer(name: str, cls: Any) -> str:
+    """What a trainer does and its settings with their defaults."""
+    lines = [name, "", (cls.__doc__ or "").strip().split("\n\n")[0], "", "settings:"]
+    settings = cls.settings()
+    width = max(map(len, settings), default=0)
+    lines += [f"  {key.ljust(width)}  {value!r}" for key, value in settings.items()]
+    lines.append(f"\nexample: -tr {name.split('+')[0]}+num_epochs=100")
+    return "\n".join(lines)
+
+
+def run_split(args: argparse.Namespace) -> None:
+    """Make the data set and say what comes next."""
+    from nnunet_ssl.planning.splits import split_dataset
+
+    split_dataset(
+        dataset_id(args.d),
+        args.o,
+        labeled=args.labeled,
+        draw=args.draw,
+        case_list=args.list,
+        test=args.test,
+        copy=args.copy,
+    )
+    print(f"Next: nnunet_ssl plan_and_preprocess -d {args.o} -c 2d 3d_fullres")
+
+
+def run_plan_and_preprocess(args: argparse.Namespace) -> None:
+    """Plan, preprocess and say what comes next."""
+    check_nnunet_version()
+    from nnunet_ssl.planning.api import plan_and_preprocess
+
+    plans = plan_and_preprocess(
+        dataset_id(args.d),
+        args.c,
+        planner=args.pl,
+        plan_on=args.plan_on,
+        gpu_memory_target=args.gpu_memory_target,
+        preprocessor=args.preprocessor_name,
+        overwrite_target_spacing=args.overwrite_target_spacing,
+        overwrite_plans_name=args.overwrite_plans_name,
+        num_processes=args.np,
+        fingerprint_processes=args.npfp,
+        keep_plans=args.keep_plans,
+    )
+    p = [] if plans == DEFAULT_PLANS else ["-p", plans]
+    print("Next:", shlex.join(["nnunet_ssl", "train", args.d, args.c[0], "all", *p]))
+
+
+def dataset_id(name: str) -> int:
+    """The number in `4` or `Dataset004_Hippocampus`."""
+    digits = name[7:10] if name.startswith("Dataset") else name
+    if not digits.isdigit():
+        raise UserError(f"-d {name}: not a data set. Give its number (4) or DatasetXXX_NAME.")
+    return int(digits)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Print the estimate, run nnU-Net's training, print the command that predicts."""
+    trainer = prepare(args)
+    if trainer is not None and not args.val:
+        from nnunet_ssl.estimate import estimate
+
+        print(estimate(args.dataset, args.configuration, args.p, args.tr, args.device), flush=True)
+    from nnunetv2.run.run_training import run_training_entry
+
+    call_nnunet("nnUNetv2_train", args, run_training_entry)
+    print_predict_command(
+        trainer, args, ["INPUT", "OUTPUT"], args.dataset, args.configuration, [args.fold]
+    )
+
+
+def run_predict(args: argparse.Namespace) -> None:
+    """Run nnU-Net's prediction, print the stock command that does the same."""
+    trainer = prepare(args)
+    from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+
+    call_nnunet("nnUNetv2_predict", args, predict_entry_point)
+    print_predict_command(trainer, args, [args.i, args.o], args.d, args.c, args.f)
+
+
+def prepare(args: argparse.Namespace) -> Any:
+    """Set the default trainer and `nnUNet_extTrainer`; return the trainer class if it is ours.
+
+    Raises:
+        UserError: unsupported nnU-Net, unknown setting, or no GPU where one was asked for.
+    """
+    check_nnunet_version()
+    import torch
+
+    from nnunet_ssl import naming
+    from nnunet_ssl.doctor import VARIABLE, trainer_path
+
+    if args.tr is None:
+        args.tr = DEFAULT_TRAINER
+        args.raw += ["-tr", DEFAULT_TRAINER]
+    os.environ[VARIABLE] = trainer_path()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device cuda (the default): no CUDA GPU found here. Add: -device cpu")
+    ours = args.tr.split("+")[0] in naming.trainer_classes()
+    return naming.resolve(args.tr) if ours else None
+
+
+def call_nnunet(command: str, args: argparse.Namespace, entry: Callable[[], None]) -> None:
+    """Call an entry point of nnU-Net in this process with the arguments as they were typed."""
+    before = sys.argv
+    sys.argv = [command, *args.raw]
+    try:
+        entry()
+    finally:
+        sys.argv = before
+
+
+def print_predict_command(
+    trainer: Any,
+    args: argparse.Namespace,
+    folders: Sequence[str],
+    dataset: str,
+    configuration: str,
+    folds: Sequence[str],
+) -> None:
+    """Print the stock command that predicts with this model."""
+    command = ["nnUNetv2_predict", "-d", dataset, "-c", configuration, "-tr", args.tr]
+    command += ["-p", args.p, "-f", *folds, "-i", folders[0], "-o", folders[1]]
+    if args.device != "cuda":
+        command += ["-device", args.device]
+    if getattr(args, "chk", None):
+        command += ["-chk", args.chk]
+    print("\nPredict with stock nnU-Net:")
+    if trainer is not None and not trainer.deploys_stock:
+        from nnunet_ssl.doctor import export_line
+
+        print(f"  {export_line()}")
+    print(f"  {shlex.join(command)}", flush=True)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write the slim model folder."""
+    from nnunet_ssl.export import export_model
+
+    print(export_model(args.i, args.o, args.network, args.f, args.chk))
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Run the demo."""
+    check_nnunet_version()
+    from nnunet_ssl import demo
+
+    demo.run_demo(Path(args.o), args.seed, args.device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if it worked, 1 if the doctor found a fault, 2 for bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and args.command not in ("train", "predict"):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.raw = argv[1:]  # what newer options nnU-Net has, it gets
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
