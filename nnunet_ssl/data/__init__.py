@@ -1,1 +1,1 @@
-"""See the modules."""
+"""Unlabelled cases, the two-stream loader and what a method sees of a batch."""

@@ -1,0 +1,996 @@
+"""The loop of all methods, and the only code that touches nnU-Net's trainer internals."""
+
+import json
+import typing
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import Value
+from pathlib import Path
+from time import time
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.optim import Optimizer
+
+from nnunet_ssl import checkpoint as checkpoints
+from nnunet_ssl.data.batch import Batch
+from nnunet_ssl.data.components import single_piece
+from nnunet_ssl.data.loader import META, PatchLoader, TwoStreamLoader, read_case_table
+from nnunet_ssl.data.unlabeled import UnlabeledDataset, read_manifest, unlabeled_folder
+from nnunet_ssl.data.views import Pipeline
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.functional import (
+    confidence,
+    deep_supervised,
+    downsample,
+    ema_decay_at,
+    ema_update,
+    full_res,
+    hard_labels,
+    largest_component,
+    largest_component_regions,
+    pseudo_ce_dice,
+    strong_intensity,
+    to_prob,
+)
+from nnunet_ssl.history import LOG_NAME, PLOT_NAME, History, Meter
+from nnunet_ssl.io import explain_os_error
+from nnunet_ssl.modules import class_shares
+from nnunet_ssl.version import check_nnunet_version
+
+check_nnunet_version()
+
+Terms = dict[str, Tensor]
+GRADIENT_CLIP = 12  # nnU-Net's, per module
+# a class whose share among pseudo-labels is under this part of its share among labels is lost
+COLLAPSE_RATIO = 0.05
+
+NNUNET_SETTINGS = (
+    "num_epochs",
+    "num_iterations_per_epoch",
+    "num_val_iterations_per_epoch",
+    "initial_lr",
+    "weight_decay",
+    "oversample_foreground_percent",
+    "probabilistic_oversampling",
+    "enable_deep_supervision",
+    "save_every",
+)
+
+
+@dataclass
+class Phase:
+    """One of the updates that a step consists of.
+
+    Attributes:
+        name: under which the optimizer's state is saved.
+        modules: what this phase trains; all else is frozen meanwhile. Gradients are clipped for
+            each module by itself.
+        optimizer: over the parameters of these modules.
+        losses: generator of weighted terms; each yield is back-propagated at once.
+        schedule: factor on each group's first learning rate for a progress in [0, 1); nnU-Net's
+            polynomial by default. The phase of nnU-Net's own optimizer follows nnU-Net.
+    """
+
+    name: str
+    modules: Sequence[nn.Module]
+    optimizer: Optimizer
+    losses: Callable[[Batch], Iterable[Terms]]
+    schedule: Callable[[float], float] = lambda progress: (1 - progress) ** 0.9
+
+
+class SemiSupervisedTrainer(nnUNetTrainer):
+    """Trains a stock nnU-Net with scans without masks beside the annotated ones.
+
+    A method is a subclass with settings (class attributes) and `losses`. Everything else, from
+    nnU-Net's preprocessing to its postprocessing, stays nnU-Net's.
+
+    Raises:
+        NotImplementedError: cascade, several GPUs, regions, ignore label, or a dimension that the
+            method does not support; before any folder is made.
+    """
+
+    # What `nnunet_ssl list` tells, and what a method declares about itself.
+    method: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    dims: ClassVar[tuple[str, ...]] = ("2d", "3d")
+    networks: ClassVar[str] = "any plan network"
+    supports_regions: ClassVar[bool] = False
+    supports_ignore: ClassVar[bool] = False
+    supports_ddp: ClassVar[bool] = False
+    deploys_stock: ClassVar[bool] = True
+    uses_unlabeled: ClassVar[bool] = True
+    views: ClassVar[tuple[str, ...]] = ()  # further views of unlabelled patches, see data.views
+    meta: ClassVar[tuple[str, ...]] = ()  # values per sample, see data.loader.META
+    step_cost: ClassVar[float] = 1.0  # in steps of the supervised twin
+
+    # nnU-Net's fields.
+    num_epochs: int = 250
+    num_iterations_per_epoch: int = 250
+    num_val_iterations_per_epoch: int = 50
+    initial_lr: float = 1e-2
+    weight_decay: float = 3e-5
+    oversample_foreground_percent: float = 0.33
+    probabilistic_oversampling: bool = False
+    enable_deep_supervision: bool = True
+    save_every: int = 10  # epochs between two latest checkpoints
+
+    # Ours.
+    seed: int | None = None  # None draws afresh; workers of nnU-Net's loader are never seeded
+    deploy: Literal["teacher", "student"] = "teacher"  # validated, saved as network, predicts
+    ema_decay: float | Literal["auto"] | None = "auto"  # weight of the teacher's old value a step
+    keep_at: tuple[float, ...] = ()  # fractions of training at which weights are kept
+    bf16_on_cpu: bool = False  # autocast to bfloat16 on a CPU; about twice as fast where it has it
+
+    # ------------------------------------------------------------------ settings
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """Return the settings of this trainer with their values."""
+        hints = typing.get_type_hints(SemiSupervisedTrainer)
+        declared = {k for k, h in hints.items() if typing.get_origin(h) is ClassVar}
+        found: dict[str, Any] = {}
+        for part in reversed(cls.__mro__):
+            if issubclass(part, SemiSupervisedTrainer):
+                for name, value in vars(part).items():
+                    if name.startswith("_") or name in declared:
+                        continue
+                    if value is None or isinstance(value, bool | int | float | str | tuple):
+                        found[name] = value
+        return found
+
+    @classmethod
+    def check_settings(cls) -> None:
+        """Check values against each other and their ranges.
+
+        Raises:
+            UserError: names the setting, its value and what fits.
+        """
+
+        def require(fits: bool, name: str, rule: str) -> None:
+            if not fits:
+                value = getattr(cls, name)
+                raise UserError(f"{cls.__name__}: setting {name}={value} must be {rule}.")
+
+        for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"):
+            require(getattr(cls, name) >= 1, name, "at least 1")
+        require(1 <= cls.save_every <= 10, "save_every", "between 1 and 10 epochs")
+        require(cls.initial_lr > 0, "initial_lr", "above 0")
+        require(cls.seed is None or cls.seed >= 0, "seed", "0 or more")
+        require(all(0 < f < 1 for f in cls.keep_at), "keep_at", "fractions between 0 and 1")
+        decay = cls.ema_decay
+        require(not isinstance(decay, float) or 0 <= decay < 1, "ema_decay", "in [0, 1)")
+        require(
+            cls.deploy == "student" or decay is not None,
+            "deploy",
+            "student, since ema_decay=None makes no teacher",
+        )
+
+    # ------------------------------------------------------------------ life of a trainer
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's exact signature
+    ):
+        self.refuse_unsupported(plans, configuration, dataset_json)
+        type(self).check_settings()
+        try:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        except OSError as error:
+            place = error.filename or "the folder nnUNet_results"
+            raise UserError(explain_os_error(error, place)) from error
+        for name in NNUNET_SETTINGS:
+            setattr(self, name, getattr(type(self), name))
+        self.companions = nn.ModuleDict()
+        self.step = 0
+        self._phases: list[Phase] = []
+        self._resumed: dict | None = None
+        self._meter = Meter()
+        self._observed: dict[str, list[Tensor]] = defaultdict(list)
+        self._unlabeled_active = Value("b", False)
+
+    @classmethod
+    def refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
+        """Raise NotImplementedError for what the method cannot do; nothing has been made yet."""
+        manager = PlansManager(plans)
+        config = manager.get_configuration(configuration)
+        labels = manager.get_label_manager(dataset_json)
+        dimension = f"{len(config.patch_size)}d"
+        problems = {
+            f"the cascade ({configuration})": config.previous_stage_name is not None,
+            "training on several GPUs": (
+                torch.distributed.is_available()
+                and torch.distributed.is_initialized()
+                and not cls.supports_ddp
+            ),
+            "region-based training": labels.has_regions and not cls.supports_regions,
+            "the ignore label": labels.has_ignore_label and not cls.supports_ignore,
+            f"{dimension} configurations": dimension not in cls.dims,
+        }
+        for feature, present in problems.items():
+            if present:
+                raise NotImplementedError(
+                    f"{cls.__name__} does not support {feature}. `nnunet_ssl list` shows which "
+                    f"trainers do."
+                )
+
+    def initialize(self) -> None:
+        """Build student, companions, losses and optimizers."""
+        if self.seed is not None:
+            checkpoints.seed_everything(self.seed)
+        super().initialize()
+        if isinstance(self.network, OptimizedModule):
+            # compiled in place, so that state-dict keys and feature taps stay as they are
+            self.network = self.network._orig_mod
+            self.network.compile()
+        self.companions = nn.ModuleDict(self.build_companions())
+        if self.ema_decay is not None:
+            teacher = self.new_network().requires_grad_(False)
+            self._set_deep_supervision(teacher, False)
+            self.companions["teacher"] = teacher
+        self.companions.to(self.device)
+        self._masked_loss = self._build_masked_loss()
+        self._phases = list(self.phases())
+        for phase in self._phases:
+            for group in phase.optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+
+    def on_train_start(self) -> None:
+        """Check the data, set an old run aside, start loaders; put the state of a run back."""
+        if not self.was_initialized:
+            self.initialize()
+        self.check_data()
+        if self._resumed is None:
+            self._set_old_run_aside()
+        super().on_train_start()
+        self._history = History(self.output_folder)
+        if self._resumed is None:
+            self.start_companions()
+        else:
+            self._history.cut_back(self.current_epoch)
+            # after the loaders' warm-up batch, which the uninterrupted run drew at its own start
+            checkpoints.restore_random_state(self._resumed["rng"], self.device)
+
+    def check_data(self) -> None:
+        """Check the unlabelled cases against plans, labelled cases and the raw folder.
+
+        Raises:
+            UserError: names the file or case and the fix.
+        """
+        if not self.uses_unlabeled:
+            return
+        base = Path(self.preprocessed_dataset_folder_base)
+        manifest = read_manifest(base, self.plans_manager.plans, self.configuration_name)
+        cases = set(manifest["cases"])
+        fix = (
+            f"Run: nnunet_ssl plan_and_preprocess -d {base.name[7:10]} -c {self.configuration_name}"
+        )
+        labeled = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(
+            self.preprocessed_dataset_folder
+        )
+        both = sorted(cases & set(labeled))
+        if both:
+            raise UserError(
+                f"Case {both[0]!r} is in imagesTr and in imagesUn of {base.name}. Remove or rename "
+                f"one of them. {fix}"
+            )
+        raw = Path(nnUNet_raw.get() or "") / base.name / "imagesUn"
+        if nnUNet_raw.is_set() and raw.is_dir():
+            ending = f"_0000{self.dataset_json['file_ending']}"
+            present = {p.name[: -len(ending)] for p in raw.glob(f"[!.]*{ending}")}
+            changed = sorted(present ^ cases)
+            if changed:
+                what = "is new in" if changed[0] in present else "is gone from"
+                raise UserError(
+                    f"Case {changed[0]!r} {what} {raw} since preprocessing ({len(changed)} "
+                    f"differences). {fix}"
+                )
+
+    def _set_old_run_aside(self) -> None:
+        """Move an earlier run's files away: `--c` would prefer its final checkpoint."""
+        folder = Path(self.output_folder)
+        old = [*folder.glob("checkpoint_*.pth"), folder / LOG_NAME, folder / PLOT_NAME]
+        old = [path for path in old if path.is_file()]
+        if old:
+            number = 1 + sum(1 for _ in folder.glob("previous_run_*"))
+            aside = folder / f"previous_run_{number}"
+            aside.mkdir()
+            for path in old:
+                path.rename(aside / path.name)
+            self.print_to_log_file(f"A run was in this folder; its files are now in {aside}.")
+
+    # ------------------------------------------------------------------ hooks of a method
+
+    def losses(self, batch: Batch) -> Iterator[Terms]:
+        """Yield dicts of weighted terms; each yield is back-propagated at once and its graph freed.
+
+        Called under autocast. Keys start with `sup` or `unsup`. A yield covers at most one plan
+        batch of patches, so memory stays near the supervised run. Losses never change state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no losses")
+
+    def build_companions(self) -> dict[str, nn.Module]:
+        """Return by name what learns or remembers beside the student; the base adds `teacher`."""
+        return {}
+
+    def start_companions(self) -> None:
+        """Set the companions of a fresh run, after pretrained weights were loaded."""
+        if self.ema_decay is not None:
+            ema_update(self.teacher, self.student, 0.0)
+
+    def phases(self) -> list[Phase]:
+        """Return the updates of a step; called once, when student and companions exist."""
+        modules = [self.network] + [
+            m for m in self.companions.values() if any(p.requires_grad for p in m.parameters())
+        ]
+        if len(modules) > 1:
+            self.optimizer = self.new_optimizer(modules)
+            self.lr_scheduler.optimizer = self.optimizer
+        return [Phase("main", modules, self.optimizer, self.losses)]
+
+    def after_step(self, observed: dict[str, list[Tensor]]) -> None:
+        """Change state after the optimizer step.
+
+        Args:
+            observed: what `losses` passed to `observe`, detached, a list a name.
+        """
+        if self.ema_decay is not None:
+            ema_update(self.teacher, self.student, self.teacher_decay())
+
+    def teacher_decay(self) -> float:
+        """Return the weight of the teacher's old value for this step.
+
+        "auto" averages over a horizon of a 75th of the run, between 100 and 1000 steps. Early
+        steps weigh less, so the teacher is not held back by its start.
+        """
+        decay = self.ema_decay
+        if decay == "auto":
+            decay = 1 - 1 / min(max(self.total_steps / 75, 100), 1000)
+        return ema_decay_at(self.step, float(decay))  # type: ignore[arg-type]
+
+    def needs_unlabeled(self, progress: float) -> bool:
+        """Tell whether unlabelled patches are needed at this progress; if not, none are loaded."""
+        return self.uses_unlabeled
+
+    def deployed_network(self) -> nn.Module:
+        """Return the network that is validated, saved as `network_weights` and predicts."""
+        return self.teacher if self.deploy == "teacher" else self.network
+
+    # ------------------------------------------------------------------ what methods use
+
+    @property
+    def student(self) -> nn.Module:
+        """The trained network."""
+        return self.network
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The EMA teacher: always in eval mode, without deep supervision."""
+        return self.companions["teacher"]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.num_epochs * self.num_iterations_per_epoch
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, in [0, 1)."""
+        return self.step / self.total_steps
+
+    @property
+    def regions(self) -> bool:
+        """True if the data set has regions: sigmoid heads that may overlap."""
+        return self.label_manager.has_regions
+
+    @property
+    def num_heads(self) -> int:
+        """Output channels of the network: classes with background, or regions."""
+        return self.label_manager.num_segmentation_heads
+
+    def new_network(self) -> nn.Module:
+        """Build another network of the plan, with its own random weights, on the device."""
+        network = self.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            self.num_input_channels,
+            self.num_heads,
+            self.enable_deep_supervision,
+        ).to(self.device)
+        if self._do_i_compile():
+            network.compile()
+        return network
+
+    def new_optimizer(self, modules: Sequence[nn.Module]) -> Optimizer:
+        """Return nnU-Net's SGD over the parameters of several modules."""
+        parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        return torch.optim.SGD(
+            parameters,
+            self.initial_lr,
+            weight_decay=self.weight_decay,
+            momentum=0.99,
+            nesterov=True,
+        )
+
+    @torch.no_grad()
+    def teacher_prob(self, x: Tensor) -> Tensor:
+        """Return the teacher's probabilities, (B, K, *) in fp32, without gradient."""
+        return to_prob(full_res(self.teacher(x)), self.regions)
+
+    def deep(self, full: Tensor) -> list[Tensor] | Tensor:
+        """Return a full-resolution target or mask as nnU-Net's loss wants targets."""
+        scales = self._get_deep_supervision_scales()
+        return full if scales is None else downsample(full, scales)
+
+    def masked_loss(self, output: Any, target: Tensor, keep: Tensor) -> Tensor:
+        """Return nnU-Net's CE + Dice over the voxels to keep, each scale by its own count.
+
+        Args:
+            output: logits, as the network returns them.
+            target: full resolution, as in `Batch.target`.
+            keep: (B, 1, *) bool. Voxels with the ignore label are left out as well.
+        """
+        if self.regions:
+            ignored = ~keep
+            if self.label_manager.has_ignore_label:
+                ignored = ignored | target[:, -1:].bool()
+                target = target[:, :-1]
+            target = torch.cat([target.bool(), ignored], 1)
+        else:
+            target = torch.where(keep, target, self._ignore_value)
+        return self._masked_loss(output, self.deep(target))
+
+    def pseudo_loss(
+        self, output: Any, pseudo_label: Tensor, weight: Tensor, pseudo_voxels: Tensor
+    ) -> Tensor:
+        """Return CE + Dice on pseudo-labels; see `functional.pseudo_ce_dice`.
+
+        All scales get the full-resolution teacher's map. Classes with fewer than 64 (3D) or 16
+        (2D) voxels at full resolution, in proportion on coarser scales, are left out of the Dice.
+
+        Args:
+            output: logits, as the network returns them.
+            pseudo_label: full resolution, (B, 1, *) labels or (B, R, *) bool.
+            weight: same voxels, (B, 1 or R, *); 0 counts nothing.
+            pseudo_voxels: (B, 1, *) bool, voxels whose target is a pseudo-label.
+        """
+        full_size = pseudo_label[0, 0].numel()
+        least = 64 if pseudo_label.ndim == 5 else 16
+
+        def at_scale(logits: Tensor, label: Tensor, w: Tensor, voxels: Tensor) -> Tensor:
+            share = label[0, 0].numel() / full_size
+            return pseudo_ce_dice(
+                logits,
+                label,
+                w,
+                voxels,
+                regions=self.regions,
+                min_voxels=max(1, round(least * share)),
+            )
+
+        if not self.enable_deep_supervision:
+            return at_scale(output, pseudo_label, weight, pseudo_voxels)
+        maps = [self.deep(m) for m in (pseudo_label, weight, pseudo_voxels)]
+        return deep_supervised(at_scale, output, *maps, weights=self.loss.weight_factors)
+
+    def strong_intensity(self, x: Tensor, valid: Tensor) -> Tensor:
+        """Return the strong intensity view; channels that nnU-Net masks stay 0 outside the mask."""
+        strong = strong_intensity(x)
+        masked = self.configuration_manager.use_mask_for_norm
+        if any(masked):
+            channels = torch.tensor(masked, device=x.device).view(1, -1, *[1] * (x.ndim - 2))
+            strong = torch.where(channels & ~valid, 0, strong)
+        return strong
+
+    def keep_largest(self, labels: Tensor, mode: str) -> Tensor:
+        """Keep the largest connected component of each class, per sample.
+
+        Args:
+            labels: hard pseudo-labels, (B, 1, *), or (B, R, *) bool for regions.
+            mode: "on" filters all classes, "off" none, "auto" those that are one piece in at
+                least 95 % of the annotated training cases (2D: slices).
+        """
+        if mode == "off":
+            return labels
+        foreground = range(self.num_heads) if self.regions else range(1, self.num_heads)
+        chosen = list(foreground) if mode == "on" else self._single_piece
+        if not chosen:
+            return labels
+        if not self.regions:
+            return largest_component(labels, self.num_heads, chosen)
+        filtered = labels.clone()
+        filtered[:, chosen] = largest_component_regions(labels[:, chosen])
+        return filtered
+
+    @cached_property
+    def _single_piece(self) -> list[int]:
+        """Classes (regions) that are one piece in the annotated training cases."""
+        manager = self.label_manager
+        sets = manager.foreground_regions if self.regions else manager.foreground_labels
+        label_sets = [s if isinstance(s, list | tuple) else (s,) for s in sets]
+        training_cases, _ = self.get_tr_and_val_datasets()
+        slices = len(self.configuration_manager.patch_size) == 2
+        single = single_piece(training_cases, label_sets, slices)
+        return single if self.regions else [label_sets[i][0] for i in single]
+
+    def observe(self, name: str, value: Tensor) -> None:
+        """Keep a tensor, detached, for `after_step` of this step."""
+        self._observed[name].append(value.detach())
+
+    def track(self, name: str, value: Tensor | float) -> None:
+        """Log the epoch's mean of a value beside coverage and confidence."""
+        self._meter.add(f"pseudo_labels/{name}", value)
+
+    @torch.no_grad()
+    def track_pseudo_labels(self, prob: Tensor, counted: Tensor, valid: Tensor) -> None:
+        """Log coverage, mean confidence and class shares of pseudo-labels.
+
+        Args:
+            prob: the labelling network's probabilities, (B, K, *).
+            counted: voxels that enter the loss, (B, 1 or R, *).
+            valid: (B, 1, *) bool, False on padding.
+        """
+        voxels = valid.sum().clamp(min=1)
+        self.track("coverage", (counted.bool() & valid).float().mean(1).sum() / voxels)
+        sure = confidence(prob, self.regions).mean(1, keepdim=True)
+        self.track("confidence", (sure * valid).sum() / voxels)
+        self._meter.add("shares/pseudo", self.pseudo_shares(prob, valid))
+
+    @torch.no_grad()
+    def track_agreement(self, output: Any, pseudo_label: Tensor, counted: Tensor) -> None:
+        """Log the share of counted voxels at which student and pseudo-label agree."""
+        student = hard_labels(to_prob(full_res(output), self.regions), self.regions)
+        counted = counted.bool().expand_as(student)
+        agreed = ((student == pseudo_label) & counted).sum()
+        self.track("agreement", agreed / counted.sum())  # NaN, so missing, where none counts
+
+    def _shares(self, labels: Tensor, valid: Tensor, samples: Tensor | None) -> Tensor:
+        return class_shares(labels, valid, self.num_heads, self.regions, samples)
+
+    def pseudo_shares(self, prob: Tensor, valid: Tensor) -> Tensor:
+        """Return the share of each foreground class or region among the decisions of `prob`."""
+        return self._shares(hard_labels(prob, self.regions), valid, None)
+
+    def label_shares(self, batch: Batch) -> Tensor:
+        """Return the share of each foreground class or region in patches that were not forced.
+
+        NaN if all patches of the batch had foreground forced into them.
+        """
+        target, valid = batch.target, batch.valid_l
+        if self.label_manager.has_ignore_label:
+            if self.regions:
+                valid, target = valid & ~target[:, -1:].bool(), target[:, :-1]
+            else:
+                valid = valid & (target != self.label_manager.ignore_label)
+        return self._shares(target, valid, ~batch.forced_fg_l)
+
+    # ------------------------------------------------------------------ the step
+
+    def on_train_epoch_start(self) -> None:
+        """Set modes, learning rates and whether unlabelled patches are loaded."""
+        super().on_train_epoch_start()
+        self.step = self.current_epoch * self.num_iterations_per_epoch
+        self._set_modes()
+        for phase in self._phases:
+            if phase.optimizer is not self.optimizer:
+                for group in phase.optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * phase.schedule(self.progress)
+        end_of_epoch = (self.step + self.num_iterations_per_epoch) / self.total_steps
+        self._unlabeled_active.value = self.needs_unlabeled(end_of_epoch)
+
+    def _set_modes(self) -> None:
+        self.companions.train()
+        if self.ema_decay is not None:
+            self.teacher.eval()
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.device.type == "cuda":
+            return torch.autocast("cuda")
+        if self.device.type == "cpu" and self.bf16_on_cpu:
+            return torch.autocast("cpu", dtype=torch.bfloat16)
+        return nullcontext()
+
+    def train_step(self, batch: dict) -> dict:
+        """Run all phases on one batch of the two-stream loader."""
+        while self._unlabeled_active.value and "unlabeled" not in batch:
+            batch = next(self.dataloader_train)  # made before unlabelled patches were asked for
+        data = Batch.from_loader(batch, self.device)
+        self._observed = defaultdict(list)
+        if self.uses_unlabeled:
+            self._meter.add("shares/labels", self.label_shares(data))
+        step_terms: dict[str, Tensor] = {}
+        stepped = False
+        for phase in self._phases:
+            stepped |= self._run_phase(phase, data, step_terms)
+        if self.grad_scaler is not None and stepped:
+            self.grad_scaler.update()
+        for name, value in step_terms.items():
+            self._meter.add(f"terms/{name}", value)
+        self.after_step(self._observed)
+        self.step += 1
+        return {"loss": sum(step_terms.values(), torch.zeros((), device=self.device))}
+
+    def _run_phase(self, phase: Phase, batch: Batch, step_terms: dict[str, Tensor]) -> bool:
+        for other in self._phases if len(self._phases) > 1 else ():
+            for group in other.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(other is phase)
+        phase.optimizer.zero_grad(set_to_none=True)
+        stepped = False
+        generator = iter(phase.losses(batch))
+        while True:
+            with self._autocast():
+                terms = next(generator, None)
+            if terms is None:
+                break
+            total = sum(terms.values())
+            (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
+            for name, value in terms.items():
+                value = value.detach().float()
+                step_terms[name] = step_terms[name] + value if name in step_terms else value
+            del terms, total
+            stepped = True
+        if not stepped:
+            return False
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(phase.optimizer)
+        for module in phase.modules:
+            nn.utils.clip_grad_norm_(module.parameters(), GRADIENT_CLIP)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(phase.optimizer)
+        else:
+            phase.optimizer.step()
+        return True
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Bring the epoch's losses to the host at once."""
+        losses = torch.stack([o["loss"] for o in train_outputs]).cpu().numpy()
+        super().on_train_epoch_end([{"loss": loss} for loss in losses])
+
+    # ------------------------------------------------------------------ validation
+
+    @contextmanager
+    def deployed(self) -> Iterator[None]:
+        """Put the deployed network in the student's place, with nnU-Net's deep supervision."""
+        student, network = self.network, self.deployed_network()
+        self.network = network
+        try:
+            if network is not student:
+                self._set_deep_supervision(network, self.enable_deep_supervision)
+            yield
+        finally:
+            self.network = student
+            if network is not student:
+                self._set_deep_supervision(network, False)
+
+    @staticmethod
+    def _set_deep_supervision(network: nn.Module, enabled: bool) -> None:
+        network.decoder.deep_supervision = enabled  # type: ignore[union-attr, assignment]
+
+    def validation_step(self, batch: dict) -> dict:
+        """Score the deployed network as nnU-Net does, and the student beside it."""
+        student = None
+        if self.deployed_network() is not self.network:
+            # nnU-Net writes into the target where there is an ignore label
+            target = batch["target"]
+            copied = [t.clone() for t in target] if isinstance(target, list) else target.clone()
+            student = super().validation_step({**batch, "target": copied})
+        with self.deployed():
+            result = super().validation_step(batch)
+        for count in ("tp", "fp", "fn") if student is not None else ():
+            result[f"{count}_student"] = student[f"{count}_hard"]  # type: ignore[index]
+        return result
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Log the pseudo-Dice of deployed network and student."""
+        super().on_validation_epoch_end(val_outputs)
+        deployed = self.logger.get_value("dice_per_class_or_region", step=-1)
+        self._pseudo_dice = {self.deploy: [float(d) for d in deployed]}
+        if "tp_student" in val_outputs[0]:
+            tp, fp, fn = (
+                np.sum([o[f"{count}_student"] for o in val_outputs], 0)
+                for count in ("tp", "fp", "fn")
+            )
+            with np.errstate(invalid="ignore"):
+                self._pseudo_dice["student"] = (2 * tp / (2 * tp + fp + fn)).tolist()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate the deployed network on the annotated validation cases."""
+        with self.deployed():
+            super().perform_actual_validation(save_probabilities)
+
+    def on_epoch_end(self) -> None:
+        """Write the log, then nnU-Net's checkpoints."""
+        epoch = self.current_epoch
+        record = {
+            "epoch": epoch,
+            "progress": self.progress,
+            "seconds": time() - self.logger.get_value("epoch_start_timestamps", step=-1),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "terms": {},
+            "pseudo_labels": {},
+            "shares": {},
+            "pseudo_dice": self._pseudo_dice,
+        }
+        for name, value in self._meter.means().items():
+            group, _, key = name.partition("/")
+            record[group][key] = value
+        self._history.append(record)
+        self._history.plot()
+        self._log_externally(record)
+        self._warn_if_collapsed(record)
+        super().on_epoch_end()
+        for fraction in self.keep_at:
+            if epoch < fraction * self.num_epochs <= epoch + 1:
+                kept = Path(self.output_folder) / f"checkpoint_at_{round(100 * fraction)}.pth"
+                checkpoints.save_checkpoint(self._prediction_state(), kept)
+
+    def _log_externally(self, record: dict) -> None:
+        """Send every number to nnU-Net's external loggers; its local one takes no new keys."""
+        for group in ("terms", "pseudo_labels", "shares", "pseudo_dice"):
+            for name, value in record[group].items():
+                values = value if isinstance(value, list) else [value]
+                for k, number in enumerate(values):
+                    key = f"ssl_{group}/{name}" + (f"/class_{k + 1}" if len(values) > 1 else "")
+                    for logger in self.logger.loggers:
+                        logger.log(key, number, record["epoch"])
+
+    def _warn_if_collapsed(self, record: dict) -> None:
+        pseudo, labels = (record["shares"].get(name) for name in ("pseudo", "labels"))
+        if not pseudo or not labels:
+            return
+        for k, (found, expected) in enumerate(zip(pseudo, labels, strict=True)):
+            if expected > 1e-5 and found < COLLAPSE_RATIO * expected:
+                what = "region" if self.regions else "class"
+                self.print_to_log_file(
+                    f"WARNING: the pseudo-labels are losing {what} {k + 1}: it fills "
+                    f"{100 * found:.3f} % of the pseudo-labelled voxels but {100 * expected:.3f} % "
+                    f"of the annotated ones. If this stays so, the unlabelled scans may not show "
+                    f"it, or training collapses: compare with SSLTrainerSupervised, annotate more "
+                    f"cases, or check imagesUn."
+                )
+
+    # ------------------------------------------------------------------ data
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Return labelled training and validation cases.
+
+        Raises:
+            UserError: no such fold, or a split that names cases which are not preprocessed.
+        """
+        if self.fold == "all":
+            return super().do_split()
+        path = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
+        data_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        cases = data_class.get_identifiers(self.preprocessed_dataset_folder)
+        fix = f"Run: nnunet_ssl plan_and_preprocess -d {path.parent.name[7:10]}"
+        if not path.is_file() and len(cases) < 5:
+            raise UserError(f"{path} is missing, and {len(cases)} cases make no 5 folds. {fix}")
+        if path.is_file():
+            splits = json.loads(path.read_text())
+            if not 0 <= self.fold < len(splits):
+                raise UserError(
+                    f"{path} has folds 0 to {len(splits) - 1}, not {self.fold}. Choose one of "
+                    f"them, or fold all."
+                )
+            split = splits[self.fold]
+            unknown = sorted({*split["train"], *split["val"]} - set(cases))
+            if unknown:
+                raise UserError(
+                    f"{path}, fold {self.fold}, names {unknown[0]!r}, which is no preprocessed "
+                    f"annotated case. Mend or delete the file. {fix}"
+                )
+        return super().do_split()
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Return nnU-Net's loaders; the training one carries both streams in one worker pool."""
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        patch_size = self.configuration_manager.patch_size
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        labels = self.label_manager
+        regions = labels.foreground_regions if labels.has_regions else None
+        train_transforms = self.get_training_transforms(
+            patch_size,
+            rotation,
+            scales,
+            mirror_axes,
+            dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+            is_cascaded=False,
+            foreground_labels=labels.foreground_labels,
+            regions=regions,
+            ignore_label=labels.ignore_label,
+        )
+        val_transforms = self.get_validation_transforms(
+            scales,
+            is_cascaded=False,
+            foreground_labels=labels.foreground_labels,
+            regions=regions,
+            ignore_label=labels.ignore_label,
+        )
+        train_cases, val_cases = self.get_tr_and_val_datasets()
+        workers = get_allowed_n_proc_DA()
+
+        def stream(cases: Any, labeled: bool) -> PatchLoader:
+            return PatchLoader(
+                cases,
+                self.batch_size,
+                initial_patch_size,
+                patch_size,
+                labels,
+                Pipeline(train_transforms, labeled, () if labeled else self.views, workers == 0),
+                oversample_foreground_percent=(
+                    self.oversample_foreground_percent if labeled else 0.0
+                ),
+                probabilistic_oversampling=labeled and self.probabilistic_oversampling,
+                meta=self.meta,
+                table=self._case_table(cases.identifiers),
+            )
+
+        unlabeled = stream(self._unlabeled_cases(), False) if self.uses_unlabeled else None
+        train = TwoStreamLoader(stream(train_cases, True), unlabeled, self._unlabeled_active)
+        val = nnUNetDataLoader(
+            val_cases,
+            self.batch_size,
+            patch_size,
+            patch_size,
+            labels,
+            oversample_foreground_percent=self.oversample_foreground_percent,
+            transforms=val_transforms,
+            probabilistic_oversampling=self.probabilistic_oversampling,
+        )
+        progress = self.current_epoch / self.num_epochs
+        self._unlabeled_active.value = self.needs_unlabeled(progress + 1 / self.num_epochs)
+        loaders = (
+            self._augmenter(train, workers, workers, max(6, workers // 2)),
+            self._augmenter(val, workers, max(1, workers // 2), max(3, workers // 4)),
+        )
+        for loader in loaders:
+            next(loader)
+        return loaders
+
+    def _augmenter(self, loader: Any, workers: int, processes: int, cached: int) -> Any:
+        if workers == 0:
+            return SingleThreadedAugmenter(loader, None)
+        return NonDetMultiThreadedAugmenter(
+            data_loader=loader,
+            transform=None,
+            num_processes=processes,
+            num_cached=cached,
+            seeds=None,
+            pin_memory=self.device.type == "cuda",
+            wait_time=0.002,
+        )
+
+    def _unlabeled_cases(self) -> UnlabeledDataset:
+        base = Path(self.preprocessed_dataset_folder_base)
+        manifest = read_manifest(base, self.plans_manager.plans, self.configuration_name)
+        folder = unlabeled_folder(base, self.configuration_manager.data_identifier)
+        return UnlabeledDataset(str(folder), sorted(manifest["cases"]))
+
+    def _case_table(self, cases: Sequence[str]) -> dict[str, dict[str, float]]:
+        columns = [name for name in self.meta if name not in META]
+        return read_case_table(
+            Path(self.preprocessed_dataset_folder_base) / "cases.csv", columns, cases
+        )
+
+    # ------------------------------------------------------------------ losses of nnU-Net, masked
+
+    def _build_masked_loss(self) -> nn.Module:
+        dice = {
+            "batch_dice": self.configuration_manager.batch_dice,
+            "smooth": 1e-5,
+            "do_bg": self.regions,
+            "ddp": self.is_ddp,
+        }
+        loss: nn.Module
+        if self.regions:
+            loss = DC_and_BCE_loss(
+                {}, dice, use_ignore_label=True, dice_class=MemoryEfficientSoftDiceLoss
+            )
+        else:
+            ignore = self.label_manager.ignore_label
+            # any value that is no class
+            self._ignore_value = self.num_heads if ignore is None else ignore
+            loss = DC_and_CE_loss(
+                dice, {}, ignore_label=self._ignore_value, dice_class=MemoryEfficientSoftDiceLoss
+            )
+        if self.enable_deep_supervision:
+            loss = DeepSupervisionWrapper(loss, self.loss.weight_factors)
+        return loss
+
+    # ------------------------------------------------------------------ state
+
+    def _prediction_state(self) -> dict:
+        """What nnU-Net's predictor reads."""
+        return {
+            "network_weights": self.deployed_network().state_dict(),
+            "init_args": self.my_init_kwargs,
+            # a stock network needs neither this package nor the variable to predict
+            "trainer_name": "nnUNetTrainer" if self.deploys_stock else type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+        }
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint with our state beside it, atomically.
+
+        Raises:
+            UserError: disk full or folder not writable; the old file is unharmed.
+        """
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        scaler = self.grad_scaler
+        state = {
+            **self._prediction_state(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "ssl_state": {
+                "format": checkpoints.STATE_FORMAT,
+                "trainer": type(self).__name__,
+                "deploy": self.deploy,
+                "student": self.student.state_dict(),
+                "companions": {k: m.state_dict() for k, m in self.companions.items()},
+                "optimizers": {
+                    p.name: p.optimizer.state_dict()
+                    for p in self._phases
+                    if p.optimizer is not self.optimizer
+                },
+                "rng": checkpoints.random_state(self.device),
+                "settings": self.settings(),
+            },
+        }
+        checkpoints.save_checkpoint(state, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Load a checkpoint of this trainer, to continue or to validate.
+
+        Raises:
+            UserError: the file is cut short, another trainer's, or has no state of ours.
+        """
+        path = str(filename_or_checkpoint)
+        saved = checkpoints.load_training_state(path, type(self).__name__)
+        super().load_checkpoint(path)
+        state = saved["ssl_state"]
+        self.student.load_state_dict(state["student"])
+        for name, module in self.companions.items():
+            module.load_state_dict(state["companions"][name])
+        for phase in self._phases:
+            if phase.optimizer is not self.optimizer:
+                phase.optimizer.load_state_dict(state["optimizers"][phase.name])
+        changed = {
+            k: (v, state["settings"][k])
+            for k, v in self.settings().items()
+            if k in state["settings"] and state["settings"][k] != v
+        }
+        for name, (now, then) in changed.items():
+            self.print_to_log_file(f"NOTE: setting {name} is {now}; the run began with {then}.")
+        self._resumed = {"rng": state["rng"]}

@@ -1,0 +1,188 @@
+"""The two-stream loader: labelled and unlabelled patches from one worker pool."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from multiprocessing import Value
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
+
+from nnunet_ssl.data.views import Pipeline
+from nnunet_ssl.errors import UserError
+
+META = {
+    "case": "index of the case in the sorted list of its stream, int64 (B,)",
+    "position": "centre of the patch in its case, each axis in [0, 1], float32 (B, 3)",
+    "z_map": "position along the first axis, per voxel, in [0, 1], float32 (B, 1, *)",
+}
+
+
+class PatchLoader(nnUNetDataLoader):
+    """nnU-Net's loader for one stream; it also tells padding, forced foreground, views and meta.
+
+    Args:
+        data: the cases; for the unlabelled stream an `UnlabeledDataset`.
+        batch_size: patches a batch.
+        initial_patch_size: size cut from the case, before the spatial transforms, in voxels.
+        patch_size: size that the network gets, in voxels.
+        label_manager: nnU-Net's.
+        pipeline: the transforms of this stream.
+        oversample_foreground_percent: share of patches with forced foreground; 0 if unlabelled.
+        probabilistic_oversampling: as in nnU-Net.
+        meta: names from `META`, or columns of `table`.
+        table: case -> column -> value, for further columns.
+    """
+
+    def __init__(
+        self,
+        data: nnUNetBaseDataset,
+        batch_size: int,
+        initial_patch_size: Sequence[int],
+        patch_size: Sequence[int],
+        label_manager: LabelManager,
+        pipeline: Pipeline,
+        oversample_foreground_percent: float = 0.0,
+        probabilistic_oversampling: bool = False,
+        meta: Sequence[str] = (),
+        table: Mapping[str, Mapping[str, float]] | None = None,
+    ):
+        super().__init__(
+            data,
+            batch_size,
+            initial_patch_size,
+            patch_size,
+            label_manager,
+            oversample_foreground_percent=oversample_foreground_percent,
+            probabilistic_oversampling=probabilistic_oversampling,
+            transforms=self._transform,
+        )
+        self.pipeline = pipeline
+        self.meta = tuple(meta)
+        self.table = table or {}
+        if not pipeline.labeled:
+            self.has_ignore = False  # there is no annotated region to look for
+        self._fixed_keys: np.ndarray | None = None
+        self._samples: list[dict[str, Any]] = []
+        self._forced: list[bool] = []
+
+    def get_indices(self) -> np.ndarray:
+        """Return the case ids of the next batch."""
+        return super().get_indices() if self._fixed_keys is None else self._fixed_keys
+
+    def get_bbox(self, data_shape, force_fg, class_locations, **kwargs):  # noqa: D102
+        lower, upper = super().get_bbox(data_shape, force_fg, class_locations, **kwargs)
+        self._forced.append(bool(force_fg))
+        self._box = (np.array(lower), np.array(upper), np.array(data_shape))
+        return lower, upper
+
+    def _transform(self, image: Tensor, segmentation: Tensor) -> dict:
+        sample, extra = self.pipeline(
+            image, segmentation, self._z_map(image) if "z_map" in self.meta else None
+        )
+        lower, upper, shape = self._box
+        extra["position"] = torch.as_tensor((lower + upper) / 2 / shape, dtype=torch.float32)
+        self._samples.append(extra)
+        return sample
+
+    def _z_map(self, image: Tensor) -> Tensor:
+        lower, upper, shape = self._box
+        z = (torch.arange(lower[0], upper[0], dtype=torch.float32) + 0.5) / float(shape[0])
+        if self.patch_size_was_2d:
+            return z.expand(1, *image.shape[1:]).clone()
+        return z.view(1, -1, 1, 1).expand(1, *image.shape[1:]).clone()
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """Return nnU-Net's batch with "valid", "forced_fg", "views" and "meta" added."""
+        batch = self._draw()
+        if "second" in self.pipeline.views:
+            self._fixed_keys = batch["keys"]
+            batch["views"]["second"] = self._draw()["data"]
+            self._fixed_keys = None
+        return batch
+
+    def _draw(self) -> dict[str, Any]:
+        self._samples, self._forced = [], []
+        batch = super().generate_train_batch()
+        samples = self._samples
+        batch["valid"] = torch.stack([s["valid"] for s in samples])
+        batch["forced_fg"] = torch.tensor(self._forced)
+        batch["views"] = {
+            name: torch.stack([s[name] for s in samples])
+            for name in self.pipeline.views
+            if name != "second"
+        }
+        batch["meta"] = {name: self._meta(name, batch["keys"], samples) for name in self.meta}
+        return batch
+
+    def _meta(self, name: str, keys: Sequence[str], samples: list[dict[str, Any]]) -> Tensor:
+        if name in ("position", "z_map"):
+            return torch.stack([s[name] for s in samples])
+        if name == "case":
+            return torch.as_tensor(np.searchsorted(self.indices, keys))
+        return torch.tensor([self.table[k][name] for k in keys], dtype=torch.float32)
+
+
+class TwoStreamLoader:
+    """Labelled patches, with unlabelled ones beside them once `active` is set.
+
+    Args:
+        labeled: loader of the labelled stream.
+        unlabeled: loader of the unlabelled stream; None for methods that use none.
+        active: shared flag; worker processes see it change.
+    """
+
+    def __init__(
+        self, labeled: PatchLoader, unlabeled: PatchLoader | None = None, active: Any = None
+    ):
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+        self.active = active if active is not None else Value("b", unlabeled is not None)
+
+    def __iter__(self) -> "TwoStreamLoader":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self.labeled)
+        if self.unlabeled is not None and self.active.value:
+            batch["unlabeled"] = next(self.unlabeled)
+            del batch["unlabeled"]["target"]  # the padding mask, told by "valid"
+        return batch
+
+    def set_thread_id(self, thread_id: int) -> None:
+        """Tell both streams which worker they run in."""
+        self.labeled.set_thread_id(thread_id)
+        if self.unlabeled is not None:
+            self.unlabeled.set_thread_id(thread_id)
+
+
+def read_case_table(
+    path: Path, columns: Sequence[str], cases: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Read numbers per case from a CSV file with a column `case`.
+
+    Raises:
+        UserError: no such file, a column or case is missing, or a value is not a number.
+    """
+    if not columns:
+        return {}
+    if not path.is_file():
+        raise UserError(f"{path} is missing. Write it with the columns case, {', '.join(columns)}.")
+    with open(path, newline="") as f:
+        rows = {row.get("case"): row for row in csv.DictReader(f)}
+    table: dict[str, dict[str, float]] = {}
+    for case in cases:
+        if case not in rows:
+            raise UserError(f"{path} has no row for case {case!r}. Add it.")
+        try:
+            table[case] = {c: float(rows[case][c]) for c in columns}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}, case {case!r}: columns {', '.join(columns)} must hold numbers."
+            ) from error
+    return table

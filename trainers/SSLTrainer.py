@@ -1,0 +1,178 @@
+"""The default."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ssl.base import SemiSupervisedTrainer, Terms
+from nnunet_ssl.data.batch import Batch
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.functional import (
+    apply_flips,
+    apply_rot90,
+    exchange,
+    hard_labels,
+    rampup_between,
+    random_boxes,
+    random_flips,
+    random_rot90,
+)
+from nnunet_ssl.modules import ClassBrake, ClassThresholds
+
+
+class SSLTrainer(SemiSupervisedTrainer):
+    """The default: sure pseudo-labels of an EMA teacher on one strong view, with box exchange.
+
+    Made of published parts: weak-to-strong pseudo-labels (FixMatch, arXiv:2001.07685; UniMatch,
+    arXiv:2208.09910), an EMA teacher (Mean Teacher, arXiv:1703.01780), exchange of boxes between
+    labelled and unlabelled patches (BCP, arXiv:2305.00673). For N steps, s = step / N:
+
+        lam = 0 for s < .1, sigmoid ramp to s = .3, then 1
+        p = softmax(teacher(weak(u)));  y = argmax p                             no gradient
+        counted = max p >= tau_y,  tau_k keeps the surest 80 % of class k, within [.6, .95]
+        x = flip(intensity(weak(u)));  y and counted flipped alike
+        in half of the steps labelled patch i and x_i swap one box
+        L = (sup + lam b pse) / (1 + lam b)
+            sup  nnU-Net's loss over true voxels
+            pse  counted CE / #pseudo-labelled voxels + Dice over counted voxels
+        b = 1, less if the teacher loses a class
+        teacher <- a teacher + (1 - a) student
+
+    Without unlabelled weight (lam = 0) the step is the twin's, exactly.
+
+    Deviates from those sources: exchange in half of the steps only, since test images are not
+    mixed; class-relative thresholds; a normalised sum, so that SGD keeps the twin's scale; true
+    and pseudo-labelled voxels are normalised apart. Unlabelled patches are drawn uniformly also
+    where a patch holds little of a case. Padding of labelled patches counts as background, as in
+    nnU-Net; padding of unlabelled ones does not count.
+    """
+
+    method: ClassVar[str] = "default of nnunet_ssl"
+    paper: ClassVar[str] = "parts of FixMatch, UniMatch, Mean Teacher and BCP"
+    supports_regions: ClassVar[bool] = True
+    supports_ignore: ClassVar[bool] = True
+    step_cost: ClassVar[float] = 7 / 3
+
+    unsup_weight: float = 1.0  # lambda, after the ramp-up
+    warmup: float = 0.1  # fraction of training on labelled scans only
+    rampup_end: float = 0.3  # fraction of training from which the full weight holds
+    exchange_probability: float = 0.5  # q, of a step with box exchange
+    box_low: float = 0.5  # smallest and
+    box_high: float = 0.8  # largest side of a box, as a fraction of the patch
+    threshold_low: float = 0.6  # limits of
+    threshold_high: float = 0.95  # tau_k
+    threshold_drop: float = 0.2  # share of each class that may be left out as unsure
+    brake_floor: float = 0.2  # share of its true volume under which a lost class brakes
+
+    @classmethod
+    def check_settings(cls) -> None:
+        """Check ranges."""
+        super().check_settings()
+        rules = {
+            "warmup": 0 <= cls.warmup < 1,
+            "rampup_end": cls.warmup <= cls.rampup_end <= 1,
+            "exchange_probability": 0 <= cls.exchange_probability <= 1,
+            "box_low": 0 < cls.box_low <= cls.box_high <= 1,
+            "threshold_low": 0 <= cls.threshold_low <= cls.threshold_high <= 1,
+            "threshold_drop": 0 <= cls.threshold_drop < 1,
+        }
+        for name, fits in rules.items():
+            if not fits:
+                raise UserError(
+                    f"{cls.__name__}: setting {name}={getattr(cls, name)} is out of range. Shares "
+                    f"lie in [0, 1], low limits are not above high ones, warmup not above "
+                    f"rampup_end."
+                )
+
+    def build_companions(self) -> dict[str, nn.Module]:
+        """Return what remembers confidences and class volumes."""
+        classes = self.num_heads if self.regions else self.num_heads - 1
+        return {
+            "thresholds": ClassThresholds(
+                self.num_heads,
+                low=self.threshold_low,
+                high=self.threshold_high,
+                quantile=self.threshold_drop,
+                regions=self.regions,
+            ),
+            "brake": ClassBrake(classes, floor=self.brake_floor),
+        }
+
+    def needs_unlabeled(self, progress: float) -> bool:
+        """Load them a little before they count, so that thresholds know the teacher by then."""
+        return progress > 0.8 * self.warmup
+
+    def after_step(self, observed: dict[str, list[Tensor]]) -> None:
+        """Move teacher, thresholds and class volumes."""
+        super().after_step(observed)
+        if "confidences" in observed:
+            self.companions["thresholds"].update_from_histogram(observed["confidences"][0])
+            self.companions["brake"].update(
+                observed["teacher_shares"][0], observed["label_shares"][0]
+            )
+
+    def losses(self, batch: Batch) -> Iterator[Terms]:
+        """Yield the loss of the labelled chunk, then of the unlabelled one."""
+        weight = self.unsup_weight * rampup_between(self.progress, self.warmup, self.rampup_end)
+        self.track("weight", weight)
+        prob = None if batch.x_u is None else self.label(batch)
+        if weight == 0 or prob is None:
+            yield {"sup": self.loss(self.student(batch.x_l), batch.y_l)}
+            return
+        thresholds, brake = self.companions["thresholds"], self.companions["brake"]
+        pseudo_label = hard_labels(prob, self.regions)
+        counted = thresholds.mask(prob) & batch.valid_u
+        self.track_pseudo_labels(prob, counted, batch.valid_u)
+        self.track("brake", brake.value())
+        x, pseudo_label, counted, valid = self.strong_view(
+            batch.x_u, pseudo_label, counted, batch.valid_u
+        )
+        weight = weight * brake.value()
+        w_sup, w_pse = 1 / (1 + weight), weight / (1 + weight)
+        if torch.rand(()).item() >= self.exchange_probability:
+            yield {"sup": w_sup * self.loss(self.student(batch.x_l), batch.y_l)}
+            output = self.student(x)
+            self.track_agreement(output, pseudo_label, counted)
+            yield {"unsup": w_pse * self.pseudo_loss(output, pseudo_label, counted, valid)}
+            return
+        inside = random_boxes(len(x), x.shape[2:], self.box_low, self.box_high, device=x.device)
+        mixed = exchange(batch.x_l, x, inside)
+        # both chunks hold both kinds of voxels: each term is the mean over the two
+        for image, true_voxels in zip(mixed, (~inside, inside), strict=True):
+            output = self.student(image)
+            sup = self.masked_loss(output, batch.target, true_voxels)
+            pse = self.pseudo_loss(
+                output, pseudo_label, counted & ~true_voxels, valid & ~true_voxels
+            )
+            yield {"sup": w_sup * sup / 2, "unsup": w_pse * pse / 2}
+
+    def label(self, batch: Batch) -> Tensor:
+        """Return the teacher's probabilities of the weak view, and observe their statistics."""
+        prob = self.teacher_prob(batch.x_u)
+        thresholds = self.companions["thresholds"]
+        histogram = thresholds.confidence_histogram(
+            prob, batch.valid_u, thresholds.bins, self.regions
+        )
+        self.observe("confidences", histogram)
+        self.observe("teacher_shares", self.pseudo_shares(prob, batch.valid_u))
+        self.observe("label_shares", self.label_shares(batch))
+        return prob
+
+    def strong_view(
+        self, x: Tensor, pseudo_label: Tensor, counted: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Change intensities and flip; labels and masks are flipped alike.
+
+        Square 2D patches are also turned by quarters.
+        """
+        axes = self.inference_allowed_mirroring_axes or ()
+        flips = random_flips(len(x), axes)
+        turns = random_rot90(len(x)) if x.ndim == 4 and x.shape[-1] == x.shape[-2] else None
+
+        def move(t: Tensor) -> Tensor:
+            t = apply_flips(t, flips, axes)
+            return t if turns is None else apply_rot90(t, turns)
+
+        return move(self.strong_intensity(x, valid)), move(pseudo_label), move(counted), move(valid)
