@@ -1,0 +1,60 @@
+"""Nothing in `functional` and `modules` waits for the device.
+
+Tensors on the meta device have no values, so whatever reads one (`.item()`, `if mask.any()`,
+`mask.nonzero()`) fails there; on CUDA PyTorch itself reports waiting.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from nnunet_ssl import functional as f
+from nnunet_ssl.modules import ClassBrake, ClassThresholds, class_shares
+
+
+def run_everything(device, spatial):
+    n = len(spatial)
+    x = torch.zeros(3, 2, *spatial, device=device)
+    logits = torch.zeros(3, 3, *spatial, device=device)
+    label = torch.zeros(3, 1, *spatial, device=device, dtype=torch.int64)
+    multi = torch.zeros(3, 3, *spatial, device=device, dtype=torch.bool)
+    valid = torch.zeros(3, 1, *spatial, device=device, dtype=torch.bool)
+
+    f.ema_update(nn.Linear(2, 2, device=device), nn.Linear(2, 2, device=device), 0.9)
+    inside = f.random_boxes(3, spatial, 0.5, 0.8, device=device)
+    f.exchange(x, x, inside)
+    f.downsample(valid, [[1.0] * n, [0.5] * n])
+    f.softmax_mse(logits, f.to_prob(logits, False), valid)
+    f.sigmoid_mse(logits, f.to_prob(logits, True), multi)
+    f.add_noise(x, 0.1, clip=0.2)
+    f.strong_intensity(x, ops=(7, 7))
+    f.apply_flips(x, f.random_flips(3, range(n)), range(n))
+    f.apply_rot90(x, f.random_rot90(3))
+    f.pseudo_ce_dice(logits, label, valid, valid, min_voxels=16)
+    f.pseudo_ce_dice(logits, multi, multi, valid, regions=True, min_voxels=16)
+
+    for regions, target in ((False, label), (True, multi)):
+        prob = f.to_prob(logits, regions)
+        shares = class_shares(target, valid, 3, regions, torch.ones(3, dtype=torch.bool))
+        with torch.device(device):
+            thresholds, brake = ClassThresholds(3, regions=regions), ClassBrake(len(shares))
+        thresholds.update(prob, valid)
+        thresholds.mask(prob)
+        brake.update(shares, shares)
+        brake.value(), brake.oversegmented()
+
+
+@pytest.mark.parametrize("spatial", [(16, 16), (8, 16, 16)])
+def test_no_value_is_read_on_the_host(spatial):
+    run_everything("meta", spatial)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spatial", [(16, 16), (8, 16, 16)])
+def test_cuda_is_never_waited_for(spatial):
+    run_everything("cuda", spatial)  # first use of a kernel may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_everything("cuda", spatial)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
