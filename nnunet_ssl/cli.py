@@ -282,19 +282,19 @@ def run_split(args: argparse.Namespace) -> None:
         args.o,
         labeled=args.labeled,
         draw=args.draw,
-        case_list=args.list,
-        test=args.test,
+        list_file=Path(args.list) if args.list else None,
+        test=int(args.test) if args.test and args.test.isdigit() else args.test and Path(args.test),
         copy=args.copy,
     )
     print(f"Next: nnunet_ssl plan_and_preprocess -d {args.o} -c 2d 3d_fullres")
 
 
 def run_plan_and_preprocess(args: argparse.Namespace) -> None:
-    """Plan, preprocess and say what comes next."""
+    """Plan and preprocess."""
     check_nnunet_version()
     from nnunet_ssl.planning.api import plan_and_preprocess
 
-    plans = plan_and_preprocess(
+    plan_and_preprocess(
         dataset_id(args.d),
         args.c,
         planner=args.pl,
@@ -307,8 +307,6 @@ def run_plan_and_preprocess(args: argparse.Namespace) -> None:
         fingerprint_processes=args.npfp,
         keep_plans=args.keep_plans,
     )
-    p = [] if plans == DEFAULT_PLANS else ["-p", plans]
-    print("Next:", shlex.join(["nnunet_ssl", "train", args.d, args.c[0], "all", *p]))
 
 
 def dataset_id(name: str) -> int:
