@@ -671,9 +671,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     # ------------------------------------------------------------------ validation
 
     @contextmanager
-    def deployed(self) -> Iterator[None]:
-        """Put the deployed network in the student's place, with nnU-Net's deep supervision."""
-        student, network = self.network, self.deployed_network()
+    def _in_place_of_student(self, network: nn.Module) -> Iterator[None]:
+        """Put a network where nnU-Net looks for its own, with nnU-Net's deep supervision."""
+        student = self.network
         self.network = network
         try:
             if network is not student:
@@ -689,35 +689,32 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         network.decoder.deep_supervision = enabled  # type: ignore[union-attr, assignment]
 
     def validation_step(self, batch: dict) -> dict:
-        """Score the deployed network as nnU-Net does, and the student beside it."""
-        student = None
-        if self.deployed_network() is not self.network:
-            # nnU-Net writes into the target where there is an ignore label
-            target = batch["target"]
-            copied = [t.clone() for t in target] if isinstance(target, list) else target.clone()
-            student = super().validation_step({**batch, "target": copied})
-        with self.deployed():
-            result = super().validation_step(batch)
-        for count in ("tp", "fp", "fn") if student is not None else ():
-            result[f"{count}_student"] = student[f"{count}_hard"]  # type: ignore[index]
+        """Score the deployed network as nnU-Net does, and student and teacher beside it."""
+        result: dict = {}
+        for name in ("student", "teacher") if self.ema_decay is not None else ("student",):
+            with self._in_place_of_student(self.teacher if name == "teacher" else self.network):
+                # a copy: nnU-Net writes into the target where there is an ignore label
+                target = batch["target"]
+                target = [t.clone() for t in target] if isinstance(target, list) else target.clone()
+                scored = super().validation_step({**batch, "target": target})
+            counts = {f"{name}_{c}": scored[f"{c}_hard"] for c in ("tp", "fp", "fn")}
+            result |= counts | (scored if name == self.deploy else {})
         return result
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        """Log the pseudo-Dice of deployed network and student."""
+        """Keep the pseudo-Dice of student and teacher for the log."""
         super().on_validation_epoch_end(val_outputs)
-        deployed = self.logger.get_value("dice_per_class_or_region", step=-1)
-        self._pseudo_dice = {self.deploy: [float(d) for d in deployed]}
-        if "tp_student" in val_outputs[0]:
+        self._pseudo_dice = {}
+        for name in ("student", "teacher") if self.ema_decay is not None else ("student",):
             tp, fp, fn = (
-                np.sum([o[f"{count}_student"] for o in val_outputs], 0)
-                for count in ("tp", "fp", "fn")
+                np.sum([o[f"{name}_{c}"] for o in val_outputs], 0) for c in ("tp", "fp", "fn")
             )
             with np.errstate(invalid="ignore"):
-                self._pseudo_dice["student"] = (2 * tp / (2 * tp + fp + fn)).tolist()
+                self._pseudo_dice[name] = (2 * tp / (2 * tp + fp + fn)).tolist()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate the deployed network on the annotated validation cases."""
-        with self.deployed():
+        with self._in_place_of_student(self.deployed_network()):
             super().perform_actual_validation(save_probabilities)
 
     def on_epoch_end(self) -> None:

@@ -1,0 +1,88 @@
+"""Toy data sets, and trainers on them, for all tests."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from make_data import make_raw_dataset, preprocess_toy
+
+from nnunet_ssl.naming import discovery_folder, resolve
+
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+SHORT = "+num_epochs=4+num_iterations_per_epoch=2+num_val_iterations_per_epoch=1+seed=1"
+
+# name -> what make_raw_dataset gets
+TOYS = {
+    "Toy": {"dataset_id": 901},
+    "Regions": {"dataset_id": 902, "regions": True},
+    "Ignore": {"dataset_id": 903, "ignore": True},
+    "RegionsIgnore": {"dataset_id": 904, "regions": True, "ignore": True},
+    "Channels": {"dataset_id": 905, "channels": 2, "classes": 3},
+}
+
+
+@pytest.fixture(scope="session")
+def toy_root(tmp_path_factory) -> Path:
+    """Folders of nnU-Net with all toy data sets, preprocessed for 2D and 3D."""
+    root = tmp_path_factory.mktemp("nnunet")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FOLDERS:
+            (root / name).mkdir()
+            patch.setenv(name, str(root / name))
+        for name, options in TOYS.items():
+            make_raw_dataset(root / "nnUNet_raw", name=name, **options)
+            preprocess_toy(
+                root / "nnUNet_raw",
+                root / "nnUNet_preprocessed",
+                options["dataset_id"],
+                configurations=("2d", "3d_fullres"),
+            )
+    return root
+
+
+@pytest.fixture
+def nnunet(toy_root, tmp_path, monkeypatch) -> Path:
+    """Environment of nnU-Net: shared raw and preprocessed folders, results of this test alone."""
+    for name in FOLDERS:
+        monkeypatch.setenv(name, str(toy_root / name))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
+    monkeypatch.setenv("nnUNet_extTrainer", str(discovery_folder()))
+    return toy_root
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Leave out the pictures, which take longer than the toy epochs."""
+    monkeypatch.setattr("nnunet_ssl.history.History.plot", lambda self: None)
+    monkeypatch.setattr(
+        "nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png",
+        lambda self, folder: None,
+    )
+
+
+def dataset_folder(root: Path, dataset: str) -> str:
+    return f"Dataset{TOYS[dataset]['dataset_id']}_{dataset}"
+
+
+@pytest.fixture
+def make_trainer(nnunet, no_plots):
+    """Return a function that makes a trainer as `nnUNetv2_train` does, in this process."""
+
+    def make(name, dataset="Toy", configuration="3d_fullres", fold="all", short=True):
+        base = Path(os.environ["nnUNet_preprocessed"]) / dataset_folder(nnunet, dataset)
+        plans = json.loads((base / "nnUNetPlans.json").read_text())
+        plans["continue_training"] = False
+        trainer_class = resolve(name + SHORT) if short else resolve(name)
+        return trainer_class(
+            plans,
+            configuration,
+            fold,
+            json.loads((base / "dataset.json").read_text()),
+            torch.device("cpu"),
+        )
+
+    return make

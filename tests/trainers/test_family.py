@@ -1,0 +1,293 @@
+"""What holds for every trainer."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOYS
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from torch import nn
+
+from nnunet_ssl.functional import ema_update, full_res
+from nnunet_ssl.history import read_log
+from nnunet_ssl.naming import trainer_classes
+
+NAMES = sorted(trainer_classes())
+SEMI = [n for n in NAMES if trainer_classes()[n].uses_unlabeled]
+# full weight, no threshold, no warm-up: the unlabelled term acts from the first step
+FULL = {
+    "SSLTrainer": "+warmup=0+rampup_end=0+threshold_low=0+threshold_high=0",
+    "SSLTrainerMeanTeacher": "+rampup=0",
+    "SSLTrainerFixMatch": "+warmup=0+threshold=0",
+    "SSLTrainerBCP": "+pretrain=0",
+}
+# no unlabelled weight: the twin's step
+NONE = {
+    "SSLTrainer": "+unsup_weight=0",
+    "SSLTrainerMeanTeacher": "+consistency_weight=0",
+    "SSLTrainerFixMatch": "+unsup_weight=0",
+}
+
+
+def start(trainer):
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def parameters(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stock_finder_finds_it_and_the_same_class_each_time(name, nnunet):
+    found = recursive_find_trainer_class_by_name(f"{name}+seed=3")
+    assert found.__name__ == f"{name}+seed=3"
+    assert issubclass(found, trainer_classes()[name])
+    assert found.seed == 3
+    assert recursive_find_trainer_class_by_name(f"{name}+seed=3") is found
+    assert recursive_find_trainer_class_by_name(name) is trainer_classes()[name]
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("dataset", TOYS)
+@pytest.mark.parametrize("name", SEMI)
+def test_full_step_trains_student_alone_and_moves_the_teacher(
+    name, dataset, configuration, make_trainer, monkeypatch
+):
+    trainer = start(make_trainer(name + FULL[name], dataset, configuration))
+    batch = next(trainer.dataloader_train)
+    seen = []
+    monkeypatch.setattr(
+        trainer, "after_step", lambda observed: seen.append(copy.deepcopy(dict(observed)))
+    )
+    before_student, before_teacher = parameters(trainer.student), parameters(trainer.teacher)
+    unsup_only = {}
+
+    from nnunet_ssl.data.batch import Batch
+
+    data = Batch.from_loader(batch, trainer.device)
+    for terms in trainer.losses(data):
+        for key, value in terms.items():
+            assert key.startswith(("sup", "unsup"))
+            assert torch.isfinite(value), key
+            if key.startswith("unsup"):
+                assert value.item() != 0
+                grads = torch.autograd.grad(
+                    value, list(trainer.student.parameters()), allow_unused=True, retain_graph=True
+                )
+                unsup_only[key] = sum(g.abs().sum().item() for g in grads if g is not None)
+    assert unsup_only and all(v > 0 for v in unsup_only.values())
+
+    trainer.train_step(batch)
+    assert seen, "after_step is called once a step"
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(before_student, parameters(trainer.student), strict=True)
+    )
+    assert all(p.grad is None for p in trainer.companions.parameters())
+    for a, b in zip(before_teacher, parameters(trainer.teacher), strict=True):
+        assert torch.equal(a, b)  # until after_step
+
+    expected = copy.deepcopy(trainer.teacher)
+    monkeypatch.undo()
+    trainer.step = 1
+    decay = trainer.teacher_decay()
+    assert 0 < decay < 1
+    ema_update(expected, trainer.student, decay)
+    trainer.after_step(seen[0])
+    for a, b in zip(expected.parameters(), trainer.teacher.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", sorted(NONE))
+def test_no_unlabeled_weight_is_the_twin_exactly(name, make_trainer):
+    twin = start(make_trainer("SSLTrainerSupervised"))
+    batches = [next(twin.dataloader_train) for _ in range(3)]
+    trainer = start(make_trainer(name + NONE[name] + "+ema_decay=auto"))
+    trainer.student.load_state_dict(twin.student.state_dict())
+    trainer.teacher.load_state_dict(twin.teacher.state_dict())
+    with_unlabeled = next(trainer.dataloader_train)
+    trainer.step = twin.step = 5  # past every warm-up
+    for batch in batches:
+        twin.train_step(dict(batch))
+        trainer.train_step({**batch, **{k: v for k, v in with_unlabeled.items() if k == "unlabeled"}})
+    for module in ("student", "teacher"):
+        pairs = zip(
+            getattr(twin, module).parameters(), getattr(trainer, module).parameters(), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dataset", ["Toy", "RegionsIgnore"])
+def test_twin_steps_like_stock_nnunet(dataset, make_trainer):
+    twin = start(make_trainer("SSLTrainerSupervised", dataset))
+    stock = copy.copy(twin)
+    stock.network = copy.deepcopy(twin.network)
+    stock.optimizer = torch.optim.SGD(
+        stock.network.parameters(), twin.initial_lr, weight_decay=3e-5, momentum=0.99, nesterov=True
+    )
+    for _ in range(3):
+        batch = next(twin.dataloader_train)
+        ours = twin.train_step(batch)["loss"]
+        theirs = nnUNetTrainer.train_step(stock, batch)["loss"]
+        assert ours.item() == pytest.approx(theirs.item(), abs=1e-7)
+    for a, b in zip(twin.network.parameters(), stock.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpoint_predicts_as_stock_network(name, make_trainer, tmp_path):
+    trainer = make_trainer(name)
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    saved = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    assert saved["trainer_name"] == "nnUNetTrainer"
+    stock = nnUNetTrainer.build_network_architecture(
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        trainer.num_input_channels,
+        trainer.num_heads,
+        enable_deep_supervision=False,
+    )
+    stock.load_state_dict(saved["network_weights"], strict=True)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder.parent), ("all",))
+    deployed = trainer.teacher if trainer.deploy == "teacher" else trainer.student
+    for key, value in deployed.state_dict().items():
+        assert torch.equal(predictor.network.state_dict()[key], value)
+    x = torch.randn(1, trainer.num_input_channels, 16, 32, 32)
+    with torch.no_grad():
+        predictor.network.load_state_dict(predictor.list_of_parameters[0])
+        assert torch.allclose(predictor.network.eval()(x), full_res(deployed.eval()(x)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_after_two_epochs_and_continued_is_bit_exact(
+    name, make_trainer, monkeypatch, tmp_path
+):
+    whole = make_trainer(f"{name}{FULL.get(name, '')}+save_every=1")
+    whole.run_training()
+
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "second"))
+    killed = make_trainer(f"{name}{FULL.get(name, '')}+save_every=1")
+
+    def kill(trainer_self):
+        raise KeyboardInterrupt
+
+    original = type(killed).on_epoch_start
+    monkeypatch.setattr(
+        type(killed), "on_epoch_start", lambda t: kill(t) if t.current_epoch == 2 else original(t)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        killed.run_training()
+    monkeypatch.setattr(type(killed), "on_epoch_start", original)
+    with open(Path(killed.output_folder) / "ssl_log.jsonl", "a") as f:
+        f.write('{"epoch": 2, "torn')
+
+    continued = make_trainer(f"{name}{FULL.get(name, '')}+save_every=1")
+    continued.load_checkpoint(str(Path(continued.output_folder) / "checkpoint_latest.pth"))
+    assert continued.current_epoch == 2
+    continued.run_training()
+
+    for module in ("student", "companions"):
+        a, b = getattr(whole, module).state_dict(), getattr(continued, module).state_dict()
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a), module
+    for p, q in zip(whole._phases, continued._phases, strict=True):
+        a, b = p.optimizer.state_dict()["state"], q.optimizer.state_dict()["state"]
+        assert all(torch.equal(a[k]["momentum_buffer"], b[k]["momentum_buffer"]) for k in a)
+    logs = [read_log(Path(t.output_folder) / "ssl_log.jsonl") for t in (whole, continued)]
+    for a, b in zip(*logs, strict=True):
+        a.pop("seconds"), b.pop("seconds")
+        assert a == b
+    assert [r["epoch"] for r in logs[1]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_lives_in_modules_and_optimizers(name, make_trainer):
+    trainer = start(make_trainer(name))
+    trainer.train_step(next(trainer.dataloader_train))
+    transient = {"_meter", "_observed"}
+    for key, value in vars(trainer).items():
+        if key in transient or isinstance(value, nn.Module):
+            continue
+        assert not isinstance(value, torch.Tensor), key
+        if isinstance(value, dict | list | tuple):
+            values = value.values() if isinstance(value, dict) else value
+            assert not any(isinstance(v, torch.Tensor | np.ndarray) for v in values), key
+
+
+@pytest.mark.parametrize("name", SEMI)
+def test_masks_of_unlabeled_cases_do_not_exist_and_are_not_asked_for(
+    name, make_trainer, nnunet, monkeypatch
+):
+    raw = nnunet / "nnUNet_raw" / "Dataset901_Toy"
+    unlabeled = {p.name.removesuffix("_0000.nii.gz") for p in (raw / "imagesUn").iterdir()}
+    assert unlabeled
+    for case in unlabeled:
+        assert not list(raw.rglob(f"labels*/{case}*"))
+    trainer = start(make_trainer(name + FULL[name]))
+    folder = Path(trainer.preprocessed_dataset_folder)
+    opened = []
+    import blosc2
+
+    original = blosc2.open
+
+    def watch(urlpath, *args, **kwargs):
+        opened.append(Path(urlpath))
+        return original(urlpath, *args, **kwargs)
+
+    monkeypatch.setattr(blosc2, "open", watch)
+    for _ in range(3):
+        trainer.train_step(next(trainer.dataloader_train))
+    drawn = {p.name.removesuffix(".b2nd").removesuffix("_seg") for p in opened}
+    assert drawn & unlabeled
+    for path in opened:
+        case = path.name.removesuffix(".b2nd").removesuffix("_seg")
+        assert path.parent == (folder if case not in unlabeled else Path(f"{folder}_unlabeled"))
+        if case in unlabeled and path.name.endswith("_seg.b2nd"):
+            assert set(np.unique(original(str(path))[:])) <= {-1, 0}
+
+
+@pytest.mark.parametrize("name", SEMI)
+def test_memory_stays_near_the_supervised_run(name, make_trainer):
+    def peak(trainer):
+        alive = {"now": 0, "peak": 0}
+        parameter_storages = {
+            p.untyped_storage().data_ptr() for m in (trainer.student, trainer.companions)
+            for p in m.parameters()
+        }
+        counts: dict[int, int] = {}
+
+        class Saved:
+            def __init__(self, tensor):
+                self.tensor = tensor
+                self.key = tensor.untyped_storage().data_ptr()
+                self.size = tensor.untyped_storage().nbytes()
+                if self.key in parameter_storages:
+                    self.size = 0
+                counts[self.key] = counts.get(self.key, 0) + 1
+                if counts[self.key] == 1:
+                    alive["now"] += self.size
+                alive["peak"] = max(alive["peak"], alive["now"])
+
+            def __del__(self):
+                counts[self.key] -= 1
+                if counts[self.key] == 0:
+                    alive["now"] -= self.size
+
+        batch = next(trainer.dataloader_train)
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda s: s.tensor):
+            for _ in range(3):
+                trainer.train_step(batch)
+        return alive["peak"]
+
+    supervised = peak(start(make_trainer("SSLTrainerSupervised")))
+    assert supervised > 0
+    assert peak(start(make_trainer(name + FULL[name]))) <= 1.25 * supervised
