@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -301,7 +303,7 @@ def inspect_case(
     first_spacing: list[float] = []
     for path in paths:  # one by one, to name the file at fault
         array, spacing = _read(path, reader_writer_class)
-        if not np.isfinite(array).all():
+        if not np.isfinite(array).all() or _has_nonfinite_nifti(path):
             raise UserError(f"{path} holds NaN or infinite values. Replace them, e.g. by 0.")
         if arrays:
             _check_geometry(path, array, spacing, paths[0], arrays[0], first_spacing)
@@ -360,6 +362,18 @@ def _check_gzip(path: Path) -> None:
         with gzip.open(path) as f:
             while f.read(1 << 22):
                 pass
+
+
+def _has_nonfinite_nifti(path: Path) -> bool:
+    """Look into the file itself: ITK silently reads NaN and infinity in NIfTI as 0."""
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return False
+    try:
+        image: Any = nibabel.load(path)
+        values = image.dataobj.get_unscaled() if image.get_data_dtype().kind == "f" else 0
+    except Exception:  # odd headers, which nnU-Net's own reader accepted
+        return False
+    return not bool(np.isfinite(values).all())
 
 
 def _check_geometry(

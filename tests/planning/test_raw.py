@@ -1,0 +1,271 @@
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from make_data import make_raw_dataset, write_image
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.planning.api import plan_and_preprocess
+from nnunet_ssl.planning.raw import inspect_case, inspect_dataset, list_cases, read_raw_dataset
+from nnunet_ssl.planning.workers import Workers
+
+
+def refused(base, *words):
+    """Planning stops with one message that holds all words, and leaves nothing behind."""
+    with pytest.raises(UserError) as caught:
+        plan_and_preprocess(901, ["3d_fullres"], num_processes=1)
+    for word in words:
+        assert str(word) in str(caught.value)
+    assert not base.exists()
+    assert not list(base.parents[1].glob("raw/*/splits_final.json"))
+
+
+def read(path):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+# --- file lists ---------------------------------------------------------------------------------
+
+
+def test_lists_cases_with_channels_in_order_and_skips_hidden_files(tmp_path):
+    for name in ("b_0001", "b_0000", "a_x_0000", "a_x_0001"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    (tmp_path / ".DS_Store").touch()
+    found = list_cases(tmp_path, ".nii.gz", 2)
+    assert list(found) == ["a_x", "b"]
+    assert [p.name for p in found["b"]] == ["b_0000.nii.gz", "b_0001.nii.gz"]
+
+
+def test_no_imagesun(toy, base):
+    shutil.rmtree(toy / "imagesUn")
+    refused(base, toy / "imagesUn", "does not exist", "Put scans without masks there")
+
+
+def test_empty_imagesun(toy, base):
+    shutil.rmtree(toy / "imagesUn")
+    (toy / "imagesUn").mkdir()
+    (toy / "imagesUn" / ".hidden").touch()
+    refused(base, toy / "imagesUn", "is empty", "Put scans without masks there")
+
+
+@pytest.mark.parametrize("folder, case", [("imagesUn", "un_002"), ("imagesTr", "tr_001")])
+def test_missing_channel(roots, base, folder, case):
+    missing = make_raw_dataset(roots / "raw", channels=2) / folder / f"{case}_0001.nii.gz"
+    missing.unlink()
+    refused(base, missing, "is missing", "Add the file or remove the case")
+
+
+def test_channel_too_many(toy, base):
+    extra = toy / "imagesUn" / "un_001_0001.nii.gz"
+    shutil.copy(toy / "imagesUn" / "un_001_0000.nii.gz", extra)
+    refused(base, extra, "too many", "Remove the file")
+
+
+@pytest.mark.parametrize("name", ["un_009_0000.nii", "notes.txt", "un_009_0000.mha"])
+def test_wrong_file_ending(toy, base, name):
+    (toy / "imagesUn" / name).touch()
+    refused(base, toy / "imagesUn" / name, "does not end with .nii.gz", "Convert")
+
+
+def test_no_channel_number(toy, base):
+    (toy / "imagesUn" / "scan.nii.gz").touch()
+    refused(base, toy / "imagesUn" / "scan.nii.gz", "Rename it to scan_0000.nii.gz")
+
+
+def test_case_name_in_both_folders(toy, base):
+    (toy / "imagesUn" / "un_000_0000.nii.gz").rename(toy / "imagesUn" / "tr_001_0000.nii.gz")
+    refused(base, "Case tr_001 is in imagesTr and in imagesUn", "Remove or rename one")
+
+
+def test_image_without_mask(toy, base):
+    mask = toy / "labelsTr" / "tr_002.nii.gz"
+    mask.unlink()
+    refused(base, mask, "is missing", "move its images to", toy / "imagesUn")
+
+
+def test_unknown_id(toy):
+    with pytest.raises(UserError, match=r"No data set with id 7.*Check -d.*Dataset901_Toy"):
+        read_raw_dataset(7)
+
+
+def test_id_with_two_names(toy, roots):
+    (roots / "results" / "Dataset901_Other").mkdir()
+    with pytest.raises(UserError, match=r"Dataset901_Other, Dataset901_Toy.*Rename or remove"):
+        read_raw_dataset(901)
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
+def test_variable_unset(toy, monkeypatch, variable):
+    monkeypatch.delenv(variable)
+    with pytest.raises(UserError, match=f"{variable} is not set.*export {variable}="):
+        plan_and_preprocess(901, ["2d"], num_processes=1)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "not valid JSON"),
+        ('{"labels": {}, "numTraining": 3}', "lacks file_ending, channel_names"),
+        (None, "is missing"),
+    ],
+)
+def test_bad_dataset_json(toy, base, content, words):
+    path = toy / "dataset.json"
+    path.unlink() if content is None else path.write_text(content)
+    refused(base, path, words)
+
+
+def test_wrong_number_of_annotated_cases(toy, base):
+    content = json.loads((toy / "dataset.json").read_text())
+    (toy / "dataset.json").write_text(json.dumps(content | {"numTraining": 7}))
+    refused(base, toy / "dataset.json", "numTraining 7", "there are 3 annotated", "Correct")
+
+
+def test_reads_the_dataset_key(toy, roots):
+    content = json.loads((toy / "dataset.json").read_text())
+    (toy / "imagesTr").rename(toy / "elsewhere")
+    content["dataset"] = {
+        f"case{i}": {
+            "images": [f"elsewhere/tr_{i:03d}_0000.nii.gz"],
+            "label": f"labelsTr/tr_{i:03d}.nii.gz",
+        }
+        for i in range(3)
+    }
+    (toy / "dataset.json").write_text(json.dumps(content))
+    raw = read_raw_dataset(901)
+    assert list(raw.labeled) == ["case0", "case1", "case2"]
+    assert raw.labeled["case1"] == [toy / "elsewhere" / "tr_001_0000.nii.gz"]
+    assert len(raw.unlabeled) == 5
+    (toy / "elsewhere" / "tr_001_0000.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"tr_001_0000.nii.gz is missing.*dataset.json lists it"):
+        read_raw_dataset(901)
+
+
+def test_one_file_with_all_channels(roots):
+    """RGB images: three channels in dataset.json, one file per case."""
+    folder = roots / "raw" / "Dataset901_Toy"
+    rng = np.random.default_rng(0)
+    for sub, case in (("imagesTr", "a"), ("imagesUn", "b")):
+        (folder / sub).mkdir(parents=True)
+        rgb = sitk.GetImageFromArray(rng.integers(0, 255, (8, 9, 3), np.uint8), isVector=True)
+        sitk.WriteImage(rgb, str(folder / sub / f"{case}_0000.png"))
+    (folder / "labelsTr").mkdir()
+    mask = sitk.GetImageFromArray(rng.integers(0, 2, (8, 9)).astype(np.uint8))
+    sitk.WriteImage(mask, str(folder / "labelsTr" / "a.png"))
+    content = {
+        "channel_names": {"0": "R", "1": "G", "2": "B"},
+        "labels": {"background": 0, "road": 1},
+        "numTraining": 1,
+        "file_ending": ".png",
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    labeled, unlabeled = inspect_dataset(read_raw_dataset(901), Workers(1))
+    assert labeled["a"].shape_after_crop == (1, 8, 9)
+    assert unlabeled["b"].is_2d
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def test_truncated_gzip_which_simpleitk_would_read_silently(toy, base):
+    path = toy / "imagesUn" / "un_003_0000.nii.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    sitk.ReadImage(str(path))  # no error: why the check is ours
+    refused(base, path, "Cannot read", "cut short", "copy or export it again")
+
+
+@pytest.mark.parametrize("folder, name", [("imagesTr", "tr_000"), ("imagesUn", "un_000")])
+def test_unreadable_image(toy, base, folder, name):
+    path = toy / folder / f"{name}_0000.nii.gz"
+    path.write_bytes(b"no image")
+    refused(base, path, "Cannot read", "damaged")
+
+
+def test_dangling_link(toy, base):
+    path = toy / "imagesUn" / "un_000_0000.nii.gz"
+    path.unlink()
+    path.symlink_to("nowhere.nii.gz")
+    refused(base, path, "Cannot read", "missing")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_not_finite(toy, base, value):
+    path = toy / "imagesUn" / "un_001_0000.nii.gz"
+    array = read(path)
+    array[3, 4, 5] = value
+    write_image(array, path)
+    refused(base, path, "NaN or infinite", "Replace them")
+
+
+def test_channels_of_different_shape(roots, base):
+    folder = make_raw_dataset(roots / "raw", channels=2) / "imagesUn"
+    write_image(read(folder / "un_004_0001.nii.gz")[:-1], folder / "un_004_0001.nii.gz")
+    first, second = (folder / f"un_004_000{c}.nii.gz" for c in (0, 1))
+    refused(base, second, "shape (15, 32, 32)", first, "(16, 32, 32)", "Resample")
+
+
+def test_channels_of_different_spacing(roots, base):
+    folder = make_raw_dataset(roots / "raw", channels=2) / "imagesUn"
+    path = folder / "un_004_0001.nii.gz"
+    write_image(read(path), path, spacing=(1, 1, 2))
+    refused(base, path, "spacing (2, 1, 1) mm", folder / "un_004_0000.nii.gz", "header")
+
+
+def test_2d_image_in_3d_set_and_back(toy, roots, base):
+    path = toy / "imagesUn" / "un_002_0000.nii.gz"
+    write_image(read(path)[:1], path)
+    refused(base, path, "is 2D", "tr_000, is 3D", "data set of its own")
+
+    shutil.rmtree(toy)
+    make_raw_dataset(roots / "raw", dim=2)
+    write_image(np.ones((4, 32, 32), np.float32), path)
+    refused(base, path, "is 3D", "tr_000, is 2D")
+
+
+def test_mask_that_does_not_fit(toy, base):
+    mask = toy / "labelsTr" / "tr_001.nii.gz"
+    array = read(mask)
+    write_image(array[:, :-2], mask)
+    refused(base, mask, "shape (16, 30, 32)", "tr_001_0000.nii.gz")
+    array[0, 0, 0] = 9
+    write_image(array, mask)
+    refused(base, mask, "values [9", "Correct the mask or add the labels")
+
+
+def test_same_image_annotated_and_not(toy, base):
+    twin = toy / "imagesUn" / "un_002_0000.nii.gz"
+    image = sitk.ReadImage(str(toy / "imagesTr" / "tr_001_0000.nii.gz"))
+    sitk.WriteImage(image, str(twin), True, 9)  # other bytes, same voxels
+    refused(base, twin, "same image as", toy / "imagesTr" / "tr_001_0000.nii.gz", "Remove one")
+
+
+def test_all_bad_cases_in_one_message(roots, base):
+    folder = make_raw_dataset(roots / "raw", num_unlabeled=13, shape=(4, 8, 8)) / "imagesUn"
+    for i in range(12):
+        (folder / f"un_{i:03d}_0000.nii.gz").write_bytes(b"no image")
+    refused(base, "un_000_0000", "un_009_0000", "and 2 more")
+
+
+def test_masks_of_regions_and_ignore_label_are_accepted(roots):
+    make_raw_dataset(roots / "raw", regions=True, ignore=True, shape=(4, 8, 8))
+    labeled, unlabeled = inspect_dataset(read_raw_dataset(901), Workers(1))
+    assert (len(labeled), len(unlabeled)) == (3, 5)
+
+
+def test_case_info(tmp_path):
+    array = np.zeros((6, 8, 10), np.float32)
+    array[1:4, 2:7, 3:9] = 5
+    path = tmp_path / "a_0000.nii.gz"
+    write_image(array, path, spacing=(0.5, 1, 2))
+    info = inspect_case([path], SimpleITKIO, 1)
+    assert info.shape_after_crop == (3, 5, 6)
+    assert info.spacing == (2, 1, 0.5)
+    assert info.relative_size == pytest.approx(90 / 480)
+    assert re.fullmatch("[0-9a-f]{64}", info.content)
+    write_image(array.reshape(6, 10, 8), path)
+    assert inspect_case([path], SimpleITKIO, 1).content != info.content
