@@ -248,7 +248,7 @@ def trainer_table(classes: dict[str, Any]) -> str:
                 yes_no[cls.supports_regions],
                 yes_no[cls.supports_ignore],
                 yes_no[cls.supports_ddp],
-                f"{cls.step_cost:g}x",
+                f"{cls.step_cost:.3g}x",
                 cls.paper,
             )
         )

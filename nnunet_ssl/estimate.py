@@ -64,7 +64,7 @@ def describe(cost: Cost, trainer: Any, device: str) -> str:
     hours, rest = divmod(minutes, 60)
     duration = f"{hours} h {rest} min" if hours else f"{rest} min"
     return (
-        f"About {duration} on {device} ({trainer.step_cost:g} x the supervised step of "
+        f"About {duration} on {device} ({trainer.step_cost:.3g} x the supervised step of "
         f"{cost.step:.2g} s, {epochs} epochs x {steps} iterations), "
         f"memory about {cost.memory / 1e9:.2g} GB"
     )
