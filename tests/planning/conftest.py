@@ -1,9 +1,5 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from make_data import make_raw_dataset
 
 
 @pytest.fixture
@@ -19,8 +15,6 @@ def roots(tmp_path, monkeypatch):
 @pytest.fixture
 def toy(roots):
     """Raw folder of a 3D data set: 3 annotated scans, 5 without masks."""
-    from make_data import make_raw_dataset
-
     return make_raw_dataset(roots / "raw")
 
 

@@ -222,7 +222,7 @@ def test_several_processes_give_the_same(roots, base, monkeypatch):
     before = {p.name: blosc2.open(str(p), mode="r")[:] for p in base.glob("*/*.b2nd")}
     manifest = (base / f"{UNLABELED}.json").read_text()
     shutil.rmtree(base)
-    plan_and_preprocess(901, ["3d_fullres"], num_processes=2)
+    plan_and_preprocess(901, ["3d_fullres"], num_processes=2, fingerprint_processes=1)
     assert (base / f"{UNLABELED}.json").read_text() == manifest
     assert len(before) == 10
     for path in base.glob("*/*.b2nd"):
