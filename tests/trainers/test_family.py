@@ -116,7 +116,9 @@ def test_no_unlabeled_weight_is_the_twin_exactly(name, make_trainer):
     trainer.step = twin.step = 5  # past every warm-up
     for batch in batches:
         twin.train_step(dict(batch))
-        trainer.train_step({**batch, **{k: v for k, v in with_unlabeled.items() if k == "unlabeled"}})
+        trainer.train_step(
+            {**batch, **{k: v for k, v in with_unlabeled.items() if k == "unlabeled"}}
+        )
     for module in ("student", "teacher"):
         pairs = zip(
             getattr(twin, module).parameters(), getattr(trainer, module).parameters(), strict=True
@@ -260,7 +262,8 @@ def test_memory_stays_near_the_supervised_run(name, make_trainer):
     def peak(trainer):
         alive = {"now": 0, "peak": 0}
         parameter_storages = {
-            p.untyped_storage().data_ptr() for m in (trainer.student, trainer.companions)
+            p.untyped_storage().data_ptr()
+            for m in (trainer.student, trainer.companions)
             for p in m.parameters()
         }
         counts: dict[int, int] = {}
@@ -288,6 +291,11 @@ def test_memory_stays_near_the_supervised_run(name, make_trainer):
                 trainer.train_step(batch)
         return alive["peak"]
 
-    supervised = peak(start(make_trainer("SSLTrainerSupervised")))
+    def planned(trainer):  # nnU-Net's width: what the network saves outweighs what losses save
+        arch = trainer.configuration_manager.configuration["architecture"]["arch_kwargs"]
+        arch["features_per_stage"] = [32, 64, 64]
+        return start(trainer)
+
+    supervised = peak(planned(make_trainer("SSLTrainerSupervised")))
     assert supervised > 0
-    assert peak(start(make_trainer(name + FULL[name]))) <= 1.25 * supervised
+    assert peak(planned(make_trainer(name + FULL[name]))) <= 1.25 * supervised
