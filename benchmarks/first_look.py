@@ -43,6 +43,9 @@ SETTINGS = {
     "bf16_on_cpu": "true",
 }
 CLASSES = {"1": "anterior", "2": "posterior"}
+COMMIT = subprocess.check_output(
+    ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True
+).strip()
 RESULTS = Path(__file__).parent / "results" / "hippocampus_first_look.json"
 
 
@@ -127,9 +130,7 @@ def train_and_score(work: Path, trainer: str, seed: int, run: Runner) -> dict:
         "dice_per_case": dice,
         "train_seconds": round(seconds),
         "command": " ".join(command),
-        "commit": subprocess.check_output(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True
-        ).strip(),
+        "commit": COMMIT,
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {
             p: version(p) for p in ("nnunet-ssl", "nnunetv2", "torch", "batchgeneratorsv2")
