@@ -107,6 +107,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             method does not support; before any folder is made.
     """
 
+    network: Any  # nnU-Net sets these to None first
+    dataset_class: Any
+
     # What `nnunet_ssl list` tells, and what a method declares about itself.
     method: ClassVar[str] = ""
     paper: ClassVar[str] = ""
@@ -491,7 +494,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         if not self.enable_deep_supervision:
             return at_scale(output, pseudo_label, weight, pseudo_voxels)
-        maps = [self.deep(m) for m in (pseudo_label, weight, pseudo_voxels)]
+        scales = self._get_deep_supervision_scales()
+        maps = [downsample(m, scales) for m in (pseudo_label, weight, pseudo_voxels)]
         return deep_supervised(at_scale, output, *maps, weights=self.loss.weight_factors)
 
     def strong_intensity(self, x: Tensor, valid: Tensor) -> Tensor:
@@ -644,7 +648,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 terms = next(generator, None)
             if terms is None:
                 break
-            total = sum(terms.values())
+            total: Any = sum(terms.values())
             (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
             for name, value in terms.items():
                 value = value.detach().float()

@@ -41,7 +41,7 @@ class Meter:
 
     def means(self) -> dict[str, float | list[float]]:
         """Return the means as numbers and lists, NaN where nothing was counted; start anew."""
-        result = {
+        result: dict[str, float | list[float]] = {
             name: (self._sums[name] / self._counts[name]).cpu().tolist() for name in self._sums
         }
         self._sums, self._counts = {}, {}

@@ -66,7 +66,9 @@ def resolve(name: str, module: str = TRAINERS) -> type:
                 f"{base_name}+num_epochs=100."
             )
         values[key] = parse_setting(base, key, text)
-    made = type(name, (base,), {**values, "__module__": base.__module__, "__doc__": base.__doc__})
+    made: Any = type(
+        name, (base,), {**values, "__module__": base.__module__, "__doc__": base.__doc__}
+    )
     made.check_settings()
     return made
 

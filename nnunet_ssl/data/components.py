@@ -33,9 +33,8 @@ def single_piece(
             mask = np.isin(labels, list(label_set)).astype(np.uint8)
             for part in mask if slices else [mask]:
                 if part.any():
-                    connectivity = 8 if slices else 26
                     _, count = cc3d.connected_components(
-                        part, connectivity=connectivity, return_N=True
+                        part, connectivity=8 if slices else 26, return_N=True
                     )
                     present[i] += 1
                     single[i] += count == 1

@@ -1,0 +1,420 @@
+"""A run from its start to its end: data checks, logs, old runs, checkpoints, phases."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from torch import nn
+
+from nnunet_ssl import base
+from nnunet_ssl.base import Phase, SemiSupervisedTrainer
+from nnunet_ssl.data.batch import Batch
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.functional import full_res
+from nnunet_ssl.history import read_log
+
+
+@pytest.fixture
+def own_data(nnunet, tmp_path, monkeypatch):
+    """A copy of the toy data that a test may spoil: raw and preprocessed dataset folders."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        shutil.copytree(nnunet / name / "Dataset901_Toy", tmp_path / name / "Dataset901_Toy")
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path / "nnUNet_raw/Dataset901_Toy", tmp_path / "nnUNet_preprocessed/Dataset901_Toy"
+
+
+def nothing_written(trainer):
+    return not list(Path(trainer.output_folder).glob("*.pth"))
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_not_preprocessed_at_all(own_data, make_trainer):
+    _, preprocessed = own_data
+    (preprocessed / "nnUNetPlans_3d_fullres_unlabeled.json").unlink()
+    trainer = make_trainer("SSLTrainer")
+    with pytest.raises(
+        UserError, match=r"not preprocessed.*unlabeled\.json is missing.*Run: nnunet"
+    ):
+        trainer.on_train_start()
+    assert nothing_written(trainer)
+
+
+def test_twin_does_not_need_unlabeled_data(own_data, make_trainer):
+    _, preprocessed = own_data
+    (preprocessed / "nnUNetPlans_3d_fullres_unlabeled.json").unlink()
+    shutil.rmtree(preprocessed / "nnUNetPlans_3d_fullres_unlabeled")
+    make_trainer("SSLTrainerSupervised").on_train_start()
+
+
+def test_preprocessed_for_other_plans(own_data, make_trainer):
+    _, preprocessed = own_data
+    path = preprocessed / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    path.write_text(json.dumps(plans))
+    with pytest.raises(UserError, match=r"belongs to plans.*preprocess differently"):
+        make_trainer("SSLTrainer").on_train_start()
+
+
+def test_case_of_both_kinds(own_data, make_trainer):
+    _, preprocessed = own_data
+    folder = preprocessed / "nnUNetPlans_3d_fullres"
+    case = next(p.name.removesuffix(".pkl") for p in folder.glob("*.pkl"))
+    for ending in (".b2nd", "_seg.b2nd", ".pkl"):
+        shutil.copy(folder / (case + ending), f"{folder}_unlabeled/{case}{ending}")
+    manifest = Path(f"{folder}_unlabeled.json")
+    content = json.loads(manifest.read_text())
+    content["cases"][case] = {"content": "x"}
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"Case '{case}' is in imagesTr and in imagesUn"):
+        make_trainer("SSLTrainer").on_train_start()
+
+
+@pytest.mark.parametrize("change", ["new in", "gone from"])
+def test_images_changed_since_preprocessing(own_data, make_trainer, change):
+    raw, _ = own_data
+    some = sorted((raw / "imagesUn").iterdir())[0]
+    if change == "new in":
+        shutil.copy(some, some.with_name("another_0000.nii.gz"))
+    else:
+        some.unlink()
+    with pytest.raises(
+        UserError, match=rf"{change}.*imagesUn since preprocessing.*Run: nnunet_ssl"
+    ):
+        make_trainer("SSLTrainer").on_train_start()
+
+
+def test_fold_not_in_the_splits(nnunet, make_trainer):
+    with pytest.raises(UserError, match=r"splits_final\.json has folds 0 to 2, not 4"):
+        make_trainer("SSLTrainer", fold=4).on_train_start()
+
+
+def test_split_names_a_case_without_mask(own_data, make_trainer):
+    raw, preprocessed = own_data
+    unlabeled = sorted(p.name for p in (raw / "imagesUn").iterdir())[0].removesuffix("_0000.nii.gz")
+    path = preprocessed / "splits_final.json"
+    splits = json.loads(path.read_text())
+    splits[0]["train"].append(unlabeled)
+    path.write_text(json.dumps(splits))
+    with pytest.raises(UserError, match=rf"splits_final\.json, fold 0, names '{unlabeled}'"):
+        make_trainer("SSLTrainer", fold=0).on_train_start()
+
+
+def test_folds_train_on_their_own_cases(nnunet, make_trainer):
+    trainer = make_trainer("SSLTrainer", fold=0)
+    trainer.run_training()
+    train, val = trainer.do_split()
+    assert len(train) == 2 and len(val) == 1 and not set(train) & set(val)
+
+
+def test_results_folder_not_writable(nnunet, make_trainer, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"Cannot write .*file"):
+        make_trainer("SSLTrainer")
+
+
+def test_disk_full_while_saving_keeps_the_old_checkpoint(nnunet, make_trainer, monkeypatch):
+    trainer = make_trainer("SSLTrainer")
+    trainer.run_training()
+    path = Path(trainer.output_folder) / "checkpoint_final.pth"
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"checkpoint_final\.pth: the disk is full"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize("spoil", ["other trainer", "no state", "cut short"])
+def test_checkpoint_that_cannot_be_continued(nnunet, make_trainer, spoil):
+    trainer = make_trainer("SSLTrainerMeanTeacher")
+    trainer.run_training()
+    path = Path(trainer.output_folder) / "checkpoint_final.pth"
+    name = "SSLTrainerMeanTeacher"
+    if spoil == "other trainer":
+        name, match = "SSLTrainer", "written by trainer SSLTrainerMeanTeacher"
+    elif spoil == "no state":
+        saved = torch.load(path, weights_only=False)
+        del saved["ssl_state"]
+        torch.save(saved, path)
+        match = "no semi-supervised state"
+    else:
+        path.write_bytes(path.read_bytes()[:-2000])
+        match = "damaged or cut short"
+    with pytest.raises(UserError, match=match):
+        make_trainer(name).load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    ("feature", "change"),
+    [
+        ("the cascade", lambda c: c.update(previous_stage="3d_lowres")),
+        ("3d configurations", None),
+    ],
+)
+def test_unsupported_is_refused_before_a_folder_is_made(
+    nnunet, make_trainer, monkeypatch, tmp_path, feature, change
+):
+    preprocessed = tmp_path / "pre" / "Dataset901_Toy"
+    shutil.copytree(nnunet / "nnUNet_preprocessed" / "Dataset901_Toy", preprocessed)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "pre"))
+    if change is None:
+        monkeypatch.setattr(SemiSupervisedTrainer, "dims", ("2d",))
+    else:
+        path = preprocessed / "nnUNetPlans.json"
+        plans = json.loads(path.read_text())
+        change(plans["configurations"]["3d_fullres"])
+        path.write_text(json.dumps(plans))
+    with pytest.raises(NotImplementedError, match=rf"SSLTrainer.* does not support {feature}"):
+        make_trainer("SSLTrainer")
+    assert not (tmp_path / "results").exists()
+
+
+def test_several_gpus_are_refused(nnunet, make_trainer, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(NotImplementedError, match="several GPUs"):
+        make_trainer("SSLTrainer")
+    assert not (tmp_path / "results").exists()
+
+
+# ---------------------------------------------------------------- start, end, logs
+
+
+def test_a_fresh_run_sets_an_old_one_aside(nnunet, make_trainer):
+    first = make_trainer("SSLTrainerSupervised")
+    first.run_training()
+    folder = Path(first.output_folder)
+    final = (folder / "checkpoint_final.pth").read_bytes()
+    second = make_trainer("SSLTrainerSupervised")
+    second.on_train_start()
+    assert not list(folder.glob("checkpoint_*.pth"))
+    assert (folder / "previous_run_1" / "checkpoint_final.pth").read_bytes() == final
+    assert len(read_log(folder / "previous_run_1" / "ssl_log.jsonl")) == 4
+
+
+def test_seed_makes_a_run_repeat_itself(nnunet, make_trainer):
+    ends = []
+    for _ in range(2):
+        trainer = make_trainer("SSLTrainer+warmup=0+rampup_end=0")
+        trainer.run_training()
+        ends.append([p.detach().clone() for p in trainer.student.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_log_tells_terms_weight_coverage_shares_and_dice(nnunet, make_trainer, monkeypatch):
+    told = []
+
+    class External:
+        def log(self, key, value, step):
+            told.append((key, step))
+
+        update_config = log_summary = lambda self, *args: None
+
+    trainer = make_trainer("SSLTrainer+warmup=0+rampup_end=0")
+    trainer.logger.loggers.append(External())
+    trainer.run_training()
+    records = read_log(Path(trainer.output_folder) / "ssl_log.jsonl")
+    assert [r["epoch"] for r in records] == [0, 1, 2, 3]
+    last = records[-1]
+    assert last["terms"].keys() == {"sup", "unsup"}
+    assert last["pseudo_labels"]["weight"] == 1
+    for name in ("coverage", "confidence", "agreement", "brake"):
+        assert 0 <= last["pseudo_labels"][name] <= 1
+    assert len(last["shares"]["pseudo"]) == len(last["shares"]["labels"]) == 2
+    assert last["pseudo_dice"].keys() == {"student", "teacher"}
+    keys = {key for key, _ in told}
+    assert {"ssl_terms/unsup", "ssl_pseudo_labels/coverage", "ssl_shares/pseudo/class_1"} <= keys
+    assert {"ssl_pseudo_dice/teacher/class_2", "mean_fg_dice"} <= keys
+
+
+def test_curves_are_drawn(nnunet, make_trainer, monkeypatch):
+    trainer = make_trainer("SSLTrainerMeanTeacher")
+    trainer.run_training()
+    monkeypatch.undo()  # the fixture leaves plots out
+    base.History(trainer.output_folder)
+    history = base.History(trainer.output_folder)
+    history.cut_back(99)
+    history.plot()
+    assert (Path(trainer.output_folder) / "ssl_progress.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_collapse_is_told_in_plain_words(nnunet, make_trainer, monkeypatch, collapsed):
+    trainer = make_trainer("SSLTrainer+warmup=0+rampup_end=0+threshold_low=0+threshold_high=0")
+    said = []
+    monkeypatch.setattr(
+        trainer, "print_to_log_file", lambda *a, **k: said.append(" ".join(map(str, a)))
+    )
+    trainer.on_train_start()
+
+    def only_background(x):
+        prob = torch.zeros(len(x), 3, *x.shape[2:])
+        prob[:, 0] = 1
+        return prob
+
+    def thirds(x):
+        return torch.rand(len(x), 3, *x.shape[2:]).softmax(1)
+
+    monkeypatch.setattr(trainer, "teacher_prob", only_background if collapsed else thirds)
+    # patches without forced foreground tell the true shares
+    monkeypatch.setattr(trainer, "label_shares", lambda batch: torch.tensor([0.1, 0.1]))
+    for epoch_part in ("on_epoch_start", "on_train_epoch_start"):
+        getattr(trainer, epoch_part)()
+    trainer.on_train_epoch_end(
+        [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+    )
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
+    trainer.on_epoch_end()
+    warnings = [line for line in said if "pseudo-labels are losing class" in line]
+    assert len(warnings) == (2 if collapsed else 0)
+    if collapsed:
+        record = read_log(Path(trainer.output_folder) / "ssl_log.jsonl")[-1]
+        assert record["shares"]["pseudo"] == [0, 0]
+        assert record["pseudo_labels"]["brake"] < 1  # and the unlabelled loss fades
+
+
+def test_weights_are_kept_on_the_way(nnunet, make_trainer):
+    trainer = make_trainer("SSLTrainer+keep_at=0.5,0.7")
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    kept = torch.load(folder / "checkpoint_at_50.pth", weights_only=False)
+    final = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    assert kept["network_weights"].keys() == final["network_weights"].keys()
+    assert kept["trainer_name"] == "nnUNetTrainer"
+    assert not torch.equal(
+        next(iter(kept["network_weights"].values())), next(iter(final["network_weights"].values()))
+    )
+    assert (folder / "checkpoint_at_70.pth").is_file()
+
+
+def test_latest_checkpoint_at_least_every_ten_epochs():
+    assert SemiSupervisedTrainer.save_every <= 10
+
+
+def test_pretrained_weights_reach_student_and_teacher(nnunet, make_trainer):
+    source = make_trainer("SSLTrainerSupervised")
+    source.run_training()
+    path = str(Path(source.output_folder) / "checkpoint_final.pth")
+    trainer = make_trainer("SSLTrainer")
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, path)
+    trainer.on_train_start()
+    weights = torch.load(path, weights_only=False)["network_weights"]
+    for network in (trainer.student, trainer.teacher):
+        state = network.state_dict()
+        for key, value in weights.items():
+            if ".seg_layers." not in key:  # nnU-Net never takes these over
+                assert torch.equal(state[key], value)
+    pairs = zip(trainer.student.parameters(), trainer.teacher.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_unlabeled_patches_are_loaded_only_when_needed(nnunet, make_trainer):
+    trainer = make_trainer("SSLTrainerFixMatch+warmup=0.5")
+    trainer.on_train_start()
+    loaded = []
+    for epoch in range(4):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        loaded.append("unlabeled" in next(trainer.dataloader_train))
+    assert loaded == [False, False, True, True]
+
+
+# ---------------------------------------------------------------- phases
+
+
+class Alternating(SemiSupervisedTrainer):
+    """Two updates a step: the student, then a judge of its output, each against the other."""
+
+    supports_regions = supports_ignore = True
+
+    def build_companions(self):
+        conv = nn.Conv3d if len(self.configuration_manager.patch_size) == 3 else nn.Conv2d
+        return {"judge": conv(self.num_heads, 1, 1)}
+
+    def phases(self):
+        judge = self.companions["judge"]
+        adam = torch.optim.Adam(judge.parameters(), 1e-3)
+        return [
+            Phase("student", [self.network], self.optimizer, self.losses),
+            Phase("judge", [judge], adam, self.judge_losses, schedule=lambda s: 1 - s),
+        ]
+
+    def losses(self, batch: Batch):
+        yield {"sup": self.loss(self.student(batch.x_l), batch.y_l)}
+        judged = self.companions["judge"](full_res(self.student(batch.x_u)).softmax(1))
+        yield {"unsup_fool": judged.mean()}
+
+    def judge_losses(self, batch: Batch):
+        with torch.no_grad():
+            prob = full_res(self.student(batch.x_u)).softmax(1)
+        yield {"unsup_judge": self.companions["judge"](prob).square().mean()}
+
+
+@pytest.fixture
+def alternating(nnunet, make_trainer, monkeypatch):
+    monkeypatch.setattr("nnunet_ssl.trainers.Alternating", Alternating, raising=False)
+    import nnunet_ssl.trainers
+
+    monkeypatch.setattr(
+        nnunet_ssl.trainers, "__all__", [*nnunet_ssl.trainers.__all__, "Alternating"]
+    )
+    return lambda settings="": make_trainer("Alternating" + settings)
+
+
+def test_phases_train_their_own_modules_with_their_own_schedule(alternating):
+    trainer = alternating()
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.current_epoch = 2
+    trainer.on_train_epoch_start()
+    student, judge = trainer._phases
+    assert judge.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5)
+    assert student.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.5**0.9)
+    batch = next(trainer.dataloader_train)
+    data = Batch.from_loader(batch, trainer.device)
+    seen = {}
+    step_terms = {}
+    before = [p.detach().clone() for p in trainer.companions["judge"].parameters()]
+    trainer._run_phase(student, data, step_terms)
+    seen["judge"] = [p.grad for p in trainer.companions["judge"].parameters()]
+    assert all(g is None for g in seen["judge"])  # frozen while the student moves
+    after = list(trainer.companions["judge"].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    weights = [p.detach().clone() for p in trainer.student.parameters()]
+    trainer._run_phase(judge, data, step_terms)
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(before, trainer.companions["judge"].parameters(), strict=True)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights, trainer.student.parameters(), strict=True)
+    )
+    assert step_terms.keys() == {"sup", "unsup_fool", "unsup_judge"}
+
+
+def test_phases_resume_with_their_optimizers(alternating, nnunet):
+    trainer = alternating()
+    trainer.run_training()
+    path = str(Path(trainer.output_folder) / "checkpoint_final.pth")
+    again = alternating()
+    again.load_checkpoint(path)
+    saved = trainer._phases[1].optimizer.state_dict()
+    loaded = again._phases[1].optimizer.state_dict()
+    assert saved["state"].keys() == loaded["state"].keys() and saved["state"]
+    for key, value in saved["state"].items():
+        assert torch.equal(value["exp_avg"], loaded["state"][key]["exp_avg"])
+    assert torch.equal(trainer.companions["judge"].weight, again.companions["judge"].weight)
