@@ -30,8 +30,8 @@ from nnunet_ssl.synthetic import ORGANS, write_dataset
 DATASET = "Dataset999_Demo"
 CONFIGURATION = "3d_fullres"
 PLANS = "nnUNetSmallPlans"
-FEATURES = (8, 16, 32, 32)  # channels of the small network, for the CPU
-SETTINGS = {"num_epochs": 12, "num_iterations_per_epoch": 40, "num_val_iterations_per_epoch": 2}
+FEATURES, PATCH = (8, 16, 32), (24, 40, 40)  # a small network, for the CPU
+SETTINGS = {"num_epochs": 30, "num_iterations_per_epoch": 40, "num_val_iterations_per_epoch": 2}
 TRAINERS = ("SSLTrainerSupervised", "SSLTrainer")  # the twin first
 MARKER = "nnunet_ssl_demo.json"
 REMARK = (
@@ -161,14 +161,15 @@ class Runner:
                     bar.update()
         if process.returncode != 0:
             raise UserError(
-                f"The demo's command {command[0]} failed:\n{''.join(last)}Whole output: {log}"
+                f"The demo's command {command[0]} failed with code {process.returncode} "
+                f"(below 0: ended by that signal):\n{''.join(last)}Whole output: {log}"
             )
 
 
 def write_small_plans(preprocessed: Path) -> None:
     """Write plans of a small network beside the planned ones; both share the preprocessed data."""
     plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
-    small = shrink_plans(plans, CONFIGURATION, FEATURES, batch_size=2)
+    small = shrink_plans(plans, CONFIGURATION, FEATURES, PATCH, batch_size=2)
     write_json({**small, "plans_name": PLANS}, preprocessed / f"{PLANS}.json")
 
 

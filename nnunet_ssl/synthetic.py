@@ -15,11 +15,11 @@ SPACING = (1.0, 1.0, 1.5)  # mm, x y z
 ORGANS = {"organ_1": 1, "organ_2": 2, "organ_3": 3}
 # Centre and half-axes in parts of the volume; mean intensity, where background is 0.
 ANATOMY = {
-    1: ((0.50, 0.36, 0.42), (0.34, 0.19, 0.24), 1.0),
-    2: ((0.44, 0.70, 0.34), (0.22, 0.12, 0.14), 1.3),
-    3: ((0.58, 0.58, 0.73), (0.26, 0.15, 0.10), 0.6),
+    1: ((0.50, 0.36, 0.40), (0.34, 0.20, 0.24), 1.0),
+    2: ((0.46, 0.73, 0.32), (0.28, 0.17, 0.19), 1.6),
+    3: ((0.56, 0.60, 0.74), (0.32, 0.19, 0.15), -0.7),
 }
-NOISE = 0.25  # standard deviation; the organs' means lie one to two of it apart
+NOISE = 0.25  # standard deviation; texture, blur and bias come on top
 
 
 def make_case(rng: Generator, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ def make_case(rng: Generator, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarra
     where += np.stack([smooth_field(rng, shape, 8) for _ in range(3)]) * 1.6  # voxels
 
     labels = np.zeros(shape, dtype=np.uint8)
-    image = 0.25 * smooth_field(rng, shape, 3)  # texture between the organs
+    image = 0.2 * smooth_field(rng, shape, 3)  # texture between the organs
     for label, (middle, axes, mean) in ANATOMY.items():
         position = (np.array(middle) + rng.normal(0, 0.015, 3)).reshape(3, 1, 1, 1) * size[
             :, None, None, None

@@ -28,8 +28,10 @@ def test_every_case_shows_every_organ_and_they_differ():
 
 def test_intensities_of_organs_overlap():
     image, labels = make_case(np.random.default_rng(1))
-    organ, rest = image[labels == 3], image[labels == 0]
-    assert np.quantile(organ, 0.2) < np.quantile(rest, 0.9)
+    dark, rest, bright, brighter = (image[labels == k] for k in (3, 0, 1, 2))
+    for lower, higher in ((dark, rest), (rest, bright), (bright, brighter)):
+        assert lower.mean() < higher.mean()
+        assert np.quantile(lower, 0.95) > np.quantile(higher, 0.05)
 
 
 def test_data_set_follows_the_seed_and_holds_no_mask_of_unlabeled_cases(tmp_path):
@@ -67,7 +69,7 @@ def test_failing_command_tells_its_last_lines_and_its_log(tmp_path, monkeypatch)
     program.write_text(f"#!{sys.executable}\nprint('the reason')\nraise SystemExit(3)\n")
     program.chmod(0o755)
     monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(UserError, match=r"(?s)broken failed.*the reason.*step\.log"):
+    with pytest.raises(UserError, match=r"(?s)broken failed with code 3.*the reason.*step\.log"):
         demo.Runner(tmp_path, {})("step", ["broken"])
     assert "the reason" in (tmp_path / "logs" / "step.log").read_text()
 
