@@ -15,7 +15,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from nnunet_ssl.demo import Runner, demo_environment
+from nnunet_ssl.history import LOG_NAME, read_log
 from nnunet_ssl.io import write_json
 from nnunet_ssl.planning.small import shrink_plans
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     args = parser.parse_args()
 
+    RESULTS.parent.mkdir(exist_ok=True)
     work = args.work.resolve()
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "logs"):
         (work / name).mkdir(parents=True, exist_ok=True)
@@ -105,10 +106,11 @@ def train_and_score(work: Path, trainer: str, seed: int, run: Runner) -> dict:
     name = "+".join([trainer, *(f"{k}={v}" for k, v in SETTINGS.items()), f"seed={seed}"])
     model = ["-tr", name, "-p", PLANS, "-device", "cpu"]
     command = ["nnUNetv2_train", "104", CONFIGURATION, "all", *model]
-    start = time.monotonic()
-    run(f"train_{trainer}_{seed}", command, epochs=int(SETTINGS["num_epochs"]))
-    seconds = time.monotonic() - start
     predictions = work / "predictions" / f"{trainer}_{seed}"
+    model_folder = f"{name}__{PLANS}__{CONFIGURATION}/fold_all"
+    fold = work / "nnUNet_results" / held_out.name / model_folder
+    if not (fold / "checkpoint_final.pth").is_file():
+        run(f"train_{trainer}_{seed}", command, epochs=int(SETTINGS["num_epochs"]))
     predict = ["nnUNetv2_predict", "-i", str(held_out / "test_images"), "-o", str(predictions)]
     predict += ["-d", "104", "-c", CONFIGURATION, "-f", "all", *model, "--disable_tta"]
     run(f"predict_{trainer}_{seed}", [*predict, "-npp", "1", "-nps", "1"])
@@ -128,7 +130,7 @@ def train_and_score(work: Path, trainer: str, seed: int, run: Runner) -> dict:
             "mean": round(float(np.mean(list(dice.values()))), 4),
         },
         "dice_per_case": dice,
-        "train_seconds": round(seconds),
+        "train_seconds": round(sum(r["seconds"] for r in read_log(fold / LOG_NAME))),
         "command": " ".join(command),
         "commit": COMMIT,
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
