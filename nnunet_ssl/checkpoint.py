@@ -64,6 +64,10 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         raise UserError(f"{path} does not exist. Give the path of a checkpoint.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    except MemoryError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"{path} is not readable. Change its permissions.") from error
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(
             f"{path} cannot be read, it is damaged or cut short ({type(error).__name__}). "

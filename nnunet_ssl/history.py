@@ -1,6 +1,7 @@
 """What training tells of itself: one line an epoch in `ssl_log.jsonl`, and curves of it."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,12 @@ class Meter:
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN by None, so that the file is JSON for every reader."""
+    """Replace NaN and infinity by None, so that the file is JSON for every reader."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class History:
@@ -124,16 +125,18 @@ class History:
             return values
 
         if group == "shares":
-            classes = max((len(r["shares"].get("labels") or []) for r in self.records), default=0)
+            annotated = [r.get("shares", {}).get("labels") or [] for r in self.records]
+            classes = max((len(shares) for shares in annotated), default=0)
             return [
                 (f"{name}, class {k + 1}", column("shares", name, k), style)
                 for name, style in (("pseudo", "-"), ("labels", "--"))
                 for k in range(classes)
             ]
-        names = sorted({name for r in self.records for name in r[group]})
+        names = sorted({name for r in self.records for name in r.get(group, {})})
         if group == "pseudo_dice":
             return [
-                (name, [_mean(r[group].get(name)) for r in self.records], "-") for name in names
+                (name, [_mean(r.get(group, {}).get(name)) for r in self.records], "-")
+                for name in names
             ]
         return [(name, column(group, name), "-") for name in names]
 

@@ -22,6 +22,8 @@ def discovery_folder() -> Path:
 def trainer_classes(module: str = TRAINERS) -> dict[str, type]:
     """Return the trainers that a module exports, by name."""
     exported = importlib.import_module(module)
+    if not hasattr(exported, "__all__"):
+        raise UserError(f"Module {module} has no __all__. List the names of its trainers there.")
     return {name: getattr(exported, name) for name in exported.__all__}
 
 
@@ -40,7 +42,6 @@ def variants(module: str) -> Callable[[str], type]:
     return __getattr__
 
 
-@cache
 def resolve(name: str, module: str = TRAINERS) -> type:
     """Return the trainer class of a name such as `SSLTrainer+num_epochs=100+seed=3`.
 
@@ -50,6 +51,11 @@ def resolve(name: str, module: str = TRAINERS) -> type:
     Raises:
         UserError: unknown trainer or setting, or a value that does not fit; lists the valid ones.
     """
+    return _resolve(name, module)
+
+
+@cache  # by both arguments, so that a default module gives the same class as a named one
+def _resolve(name: str, module: str) -> type:
     base_name, *pairs = name.split("+")
     classes = trainer_classes(module)
     if base_name not in classes:

@@ -1,6 +1,7 @@
 """The two-stream loader: labelled and unlabelled patches from one worker pool."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from multiprocessing import Value
 from pathlib import Path
@@ -173,16 +174,30 @@ def read_case_table(
         return {}
     if not path.is_file():
         raise UserError(f"{path} is missing. Write it with the columns case, {', '.join(columns)}.")
-    with open(path, newline="") as f:
-        rows = {row.get("case"): row for row in csv.DictReader(f)}
+    try:  # with or without a byte order mark
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text. Save it as CSV in UTF-8.") from error
+    reader = csv.DictReader(lines)
+    found = reader.fieldnames or []
+    rows = {row.get("case"): row for row in reader}
+    missing = [c for c in ("case", *columns) if c not in found]
+    if missing:
+        raise UserError(
+            f"{path} has no column {missing[0]!r}, only {', '.join(found)}. Add it; columns are "
+            f"separated by commas."
+        )
     table: dict[str, dict[str, float]] = {}
     for case in cases:
         if case not in rows:
             raise UserError(f"{path} has no row for case {case!r}. Add it.")
         try:
-            table[case] = {c: float(rows[case][c]) for c in columns}
-        except (KeyError, TypeError, ValueError) as error:
+            values = {c: float(rows[case][c]) for c in columns}
+        except (TypeError, ValueError):
+            values = {}
+        if not values or not all(map(math.isfinite, values.values())):
             raise UserError(
                 f"{path}, case {case!r}: columns {', '.join(columns)} must hold numbers."
-            ) from error
+            )
+        table[case] = values
     return table

@@ -81,8 +81,14 @@ def read_manifest(preprocessed_base: Path, plans: Mapping[str, Any], configurati
         manifest = json.loads(path.read_text())
         cases = manifest["cases"]
         key = manifest["preprocessing"]
-    except (json.JSONDecodeError, KeyError) as error:
+        written_format = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged. {fix}") from error
+    if written_format != MANIFEST_FORMAT:
+        raise UserError(
+            f"{path} was written by another version of nnunet_ssl (format {written_format}, this "
+            f"one reads {MANIFEST_FORMAT}). {fix}"
+        )
     if key != preprocessing_key(plans, configuration):
         raise UserError(
             f"{path} belongs to plans {manifest.get('plans_name')!r}, configuration "

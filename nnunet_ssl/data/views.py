@@ -71,7 +71,7 @@ class Pipeline:
         Args:
             image: (C, *) patch, larger than the final one.
             segmentation: (1, *), -1 on padding.
-            z_map: (1, *) that travels with the voxels, or None.
+            z_map: (1, *) in [0, 1] inside the case, that travels with the voxels, or None.
 
         Returns:
             What nnU-Net's loader expects ("image", "segmentation"), and what it does not know:
@@ -79,12 +79,14 @@ class Pipeline:
         """
         sample = {"image": image, "segmentation": segmentation}
         if z_map is not None:
-            sample["regression_target"] = z_map
+            # the ones tell how much of a voxel was interpolated from outside the patch
+            sample["regression_target"] = torch.cat([z_map, torch.ones_like(z_map)])
         for step in self.before_target:
             sample = step(**sample)
         extra = {"valid": sample["segmentation"][:1] != -1}
         if z_map is not None:
-            extra["z_map"] = sample["regression_target"]
+            z, share = sample["regression_target"].split(1)
+            extra["z_map"] = torch.where(share > 0, z / share, 0.0).clamp(0, 1)
         if "stock" in self.views:
             view = {"image": sample["image"].clone(), "segmentation": sample["segmentation"]}
             for step in self.intensity:
