@@ -25,7 +25,7 @@ def to_cpu(state: Any) -> Any:
             if value.device.type == "cpu":
                 return value.detach()
             place = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-            if value.numel() == 0 or place not in copies:
+            if place not in copies:
                 copies[place] = value.detach().cpu()
             return copies[place]
         if isinstance(value, Mapping):

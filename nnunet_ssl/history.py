@@ -103,9 +103,11 @@ class History:
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=8)
         figure.tight_layout()
-        with atomic_path(self.plot_path) as part:
-            figure.savefig(part, format="png", dpi=80)
-        plt.close(figure)
+        try:
+            with atomic_path(self.plot_path) as part:
+                figure.savefig(part, format="png", dpi=80)
+        finally:
+            plt.close(figure)
 
     def _curves(self, group: str) -> list[tuple[str, list[float], str]]:
         nan = float("nan")

@@ -93,17 +93,34 @@ def parse_setting(trainer: Any, key: str, text: str) -> Any:
         )
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     hint = typing.get_type_hints(trainer).get(key, type(known[key]))
     fitting = _fit(value, hint)
     if fitting is _MISFIT:
         raise UserError(
-            f"{trainer.__name__}: setting {key}={text} does not fit. It takes "
-            f"{getattr(hint, '__name__', None) or str(hint).replace('typing.', '')}; "
+            f"{trainer.__name__}: setting {key}={text} does not fit. It takes {_words(hint)}; "
             f"the default is {known[key]}."
         )
     return fitting
+
+
+def _words(hint: Any) -> str:
+    """Return what a setting of this type takes, as it is written in a trainer name."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(option) for option in options)
+    if origin is typing.Literal:
+        return " or ".join(str(option) for option in options)
+    if origin is tuple:
+        return f"{_words(options[0])}, or several separated by commas"
+    words = {
+        bool: "true or false",
+        types.NoneType: "None",
+        int: "a whole number",
+        float: "a number",
+    }
+    return words.get(hint) or hint.__name__
 
 
 _MISFIT = object()
