@@ -1,6 +1,7 @@
 """The loop of all methods, and the only code that touches nnU-Net's trainer internals."""
 
 import json
+import math
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -147,7 +148,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """Return the settings of this trainer with their values."""
-        hints = typing.get_type_hints(SemiSupervisedTrainer)
+        hints = typing.get_type_hints(cls)
         declared = {k for k, h in hints.items() if typing.get_origin(h) is ClassVar}
         found: dict[str, Any] = {}
         for part in reversed(cls.__mro__):
@@ -175,8 +176,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"):
             require(getattr(cls, name) >= 1, name, "at least 1")
         require(1 <= cls.save_every <= 10, "save_every", "between 1 and 10 epochs")
-        require(cls.initial_lr > 0, "initial_lr", "above 0")
-        require(cls.seed is None or cls.seed >= 0, "seed", "0 or more")
+        require(0 < cls.initial_lr < math.inf, "initial_lr", "above 0 and finite")
+        require(cls.seed is None or 0 <= cls.seed < 2**32, "seed", "between 0 and 2^32 - 1")
         require(all(0 < f < 1 for f in cls.keep_at), "keep_at", "fractions between 0 and 1")
         decay = cls.ema_decay
         require(not isinstance(decay, float) or 0 <= decay < 1, "ema_decay", "in [0, 1)")
@@ -738,14 +739,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             group, _, key = name.partition("/")
             record[group][key] = value
         self._history.append(record)
-        self._history.plot()
         self._log_externally(record)
         self._warn_if_collapsed(record)
         super().on_epoch_end()
         for fraction in self.keep_at:
             if epoch < fraction * self.num_epochs <= epoch + 1:
-                kept = Path(self.output_folder) / f"checkpoint_at_{round(100 * fraction)}.pth"
+                kept = Path(self.output_folder) / f"checkpoint_at_{100 * fraction:g}.pth"
                 checkpoints.save_checkpoint(self._prediction_state(), kept)
+        self._history.plot()
 
     def _log_externally(self, record: dict) -> None:
         """Send every number to nnU-Net's external loggers; its local one takes no new keys."""

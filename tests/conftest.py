@@ -6,21 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_data import make_raw_dataset, preprocess_toy
+from make_data import TOYS, make_raw_dataset, preprocess_toy
 
 from nnunet_ssl.naming import discovery_folder, resolve
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 SHORT = "+num_epochs=4+num_iterations_per_epoch=2+num_val_iterations_per_epoch=1+seed=1"
 
-# name -> what make_raw_dataset gets
-TOYS = {
-    "Toy": {"dataset_id": 901},
-    "Regions": {"dataset_id": 902, "regions": True},
-    "Ignore": {"dataset_id": 903, "ignore": True},
-    "RegionsIgnore": {"dataset_id": 904, "regions": True, "ignore": True},
-    "Channels": {"dataset_id": 905, "channels": 2, "classes": 3},
-}
+
+def pytest_addoption(parser):
+    parser.addoption("--rewrite-golden", action="store_true", help="write tests/golden anew")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,15 @@ import SimpleITK as sitk
 from nnunet_ssl.planning.api import plan_and_preprocess
 from nnunet_ssl.planning.small import shrink_plans
 
+# name -> what make_raw_dataset gets
+TOYS = {
+    "Toy": {"dataset_id": 901},
+    "Regions": {"dataset_id": 902, "regions": True},
+    "Ignore": {"dataset_id": 903, "ignore": True},
+    "RegionsIgnore": {"dataset_id": 904, "regions": True, "ignore": True},
+    "Channels": {"dataset_id": 905, "channels": 2, "classes": 3},
+}
+
 
 def make_raw_dataset(
     raw_root: Path,

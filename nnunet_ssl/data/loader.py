@@ -103,7 +103,8 @@ class PatchLoader(nnUNetDataLoader):
         batch = self._draw()
         if "second" in self.pipeline.views:
             self._fixed_keys = batch["keys"]
-            batch["views"]["second"] = self._draw()["data"]
+            second = self._draw()
+            batch["views"] |= {"second": second["data"], "second_valid": second["valid"]}
             self._fixed_keys = None
         return batch
 

@@ -21,7 +21,8 @@ _GEOMETRY = (SpatialTransform, MirrorTransform, Convert3DTo2DTransform, Convert2
 
 VIEWS = {
     "stock": "the same patch after nnU-Net's intensity augmentation",
-    "second": "another patch of the same case, with its own place and geometry, weak",
+    "second": "another patch of the same case, with its own place and geometry, weak; its padding "
+    "mask is the view second_valid",
 }
 
 
