@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing import Value
 from pathlib import Path
 from time import time
@@ -121,6 +120,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     supports_ddp: ClassVar[bool] = False
     deploys_stock: ClassVar[bool] = True
     uses_unlabeled: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
+    twin: ClassVar[str] = "SSLTrainerSupervised"  # with the settings that make it comparable
     views: ClassVar[tuple[str, ...]] = ()  # further views of unlabelled patches, see data.views
     meta: ClassVar[tuple[str, ...]] = ()  # values per sample, see data.loader.META
     step_cost: ClassVar[float] = 1.0  # in steps of the supervised twin
@@ -167,12 +168,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         Raises:
             UserError: names the setting, its value and what fits.
         """
-
-        def require(fits: bool, name: str, rule: str) -> None:
-            if not fits:
-                value = getattr(cls, name)
-                raise UserError(f"{cls.__name__}: setting {name}={value} must be {rule}.")
-
+        require = cls.require
         for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"):
             require(getattr(cls, name) >= 1, name, "at least 1")
         require(1 <= cls.save_every <= 10, "save_every", "between 1 and 10 epochs")
@@ -180,12 +176,24 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         require(cls.seed is None or 0 <= cls.seed < 2**32, "seed", "between 0 and 2^32 - 1")
         require(all(0 < f < 1 for f in cls.keep_at), "keep_at", "fractions between 0 and 1")
         decay = cls.ema_decay
+        require(
+            decay is not None or not cls.needs_teacher,
+            "ema_decay",
+            "a number or auto, since the method needs its teacher",
+        )
         require(not isinstance(decay, float) or 0 <= decay < 1, "ema_decay", "in [0, 1)")
         require(
             cls.deploy == "student" or decay is not None,
             "deploy",
             "student, since ema_decay=None makes no teacher",
         )
+
+    @classmethod
+    def require(cls, fits: bool, name: str, rule: str) -> None:
+        """Raise UserError naming a setting, its value and the rule, unless it fits."""
+        if not fits:
+            value = getattr(cls, name)
+            raise UserError(f"{cls.__name__}: setting {name}={value} must be {rule}.")
 
     # ------------------------------------------------------------------ life of a trainer
 
@@ -207,10 +215,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for name in NNUNET_SETTINGS:
             setattr(self, name, getattr(type(self), name))
         self.companions = nn.ModuleDict()
+        # always in eval mode and without deep supervision; None with ema_decay=None
+        self.teacher: Any = None
         self.step = 0
         self._phases: list[Phase] = []
+        self._single_piece: list[int] | None = None  # found when first asked for
         self._resumed: dict | None = None
         self._meter = Meter()
+        self._skipped_steps = 0
         self._observed: dict[str, list[Tensor]] = defaultdict(list)
         self._unlabeled_active = Value("b", False)
 
@@ -250,9 +262,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.network.compile()
         self.companions = nn.ModuleDict(self.build_companions())
         if self.ema_decay is not None:
-            teacher = self.new_network().requires_grad_(False)
-            self._set_deep_supervision(teacher, False)
-            self.companions["teacher"] = teacher
+            self.teacher = self.companions["teacher"] = self.new_network().requires_grad_(False)
+            self._set_deep_supervision(self.teacher, False)
         self.companions.to(self.device)
         self._masked_loss = self._build_masked_loss()
         self._phases = list(self.phases())
@@ -265,11 +276,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         self.check_data()
-        if self._resumed is None:
-            self._set_old_run_aside()
         super().on_train_start()
         self._history = History(self.output_folder)
         if self._resumed is None:
+            self._set_old_run_aside()
             self.start_companions()
         else:
             self._history.cut_back(self.current_epoch)
@@ -317,8 +327,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         old = [*folder.glob("checkpoint_*.pth"), folder / LOG_NAME, folder / PLOT_NAME]
         old = [path for path in old if path.is_file()]
         if old:
-            number = 1 + sum(1 for _ in folder.glob("previous_run_*"))
-            aside = folder / f"previous_run_{number}"
+            numbers = [int(p.name.rpartition("_")[2]) for p in folder.glob("previous_run_[0-9]*")]
+            aside = folder / f"previous_run_{max(numbers, default=0) + 1}"
             aside.mkdir()
             for path in old:
                 path.rename(aside / path.name)
@@ -341,7 +351,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def start_companions(self) -> None:
         """Set the companions of a fresh run, after pretrained weights were loaded."""
         if self.ema_decay is not None:
-            ema_update(self.teacher, self.student, 0.0)
+            ema_update(self.teacher, self.network, 0.0)
 
     def phases(self) -> list[Phase]:
         """Return the updates of a step; called once, when student and companions exist."""
@@ -360,7 +370,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             observed: what `losses` passed to `observe`, detached, a list a name.
         """
         if self.ema_decay is not None:
-            ema_update(self.teacher, self.student, self.teacher_decay())
+            ema_update(self.teacher, self.network, self.teacher_decay())
 
     def teacher_decay(self) -> float:
         """Return the weight of the teacher's old value for this step.
@@ -387,11 +397,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def student(self) -> nn.Module:
         """The trained network."""
         return self.network
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The EMA teacher: always in eval mode, without deep supervision."""
-        return self.companions["teacher"]
 
     @property
     def total_steps(self) -> int:
@@ -480,6 +485,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             pseudo_voxels: (B, 1, *) bool, voxels whose target is a pseudo-label.
         """
         full_size = pseudo_label[0, 0].numel()
+        # nnU-Net's own loss sums the BCE over regions where there is an ignore label
+        summed = self.regions and self.label_manager.has_ignore_label
         least = 64 if pseudo_label.ndim == 5 else 16
 
         def at_scale(logits: Tensor, label: Tensor, w: Tensor, voxels: Tensor) -> Tensor:
@@ -491,6 +498,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 voxels,
                 regions=self.regions,
                 min_voxels=max(1, round(least * share)),
+                ce_weight=self.num_heads if summed else 1,
             )
 
         if not self.enable_deep_supervision:
@@ -519,6 +527,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if mode == "off":
             return labels
         foreground = range(self.num_heads) if self.regions else range(1, self.num_heads)
+        if mode == "auto" and self._single_piece is None:
+            self._single_piece = self._find_single_piece()
         chosen = list(foreground) if mode == "on" else self._single_piece
         if not chosen:
             return labels
@@ -528,8 +538,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         filtered[:, chosen] = largest_component_regions(labels[:, chosen])
         return filtered
 
-    @cached_property
-    def _single_piece(self) -> list[int]:
+    def _find_single_piece(self) -> list[int]:
         """Classes (regions) that are one piece in the annotated training cases."""
         manager = self.label_manager
         sets = manager.foreground_regions if self.regions else manager.foreground_labels
@@ -637,10 +646,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return {"loss": sum(step_terms.values(), torch.zeros((), device=self.device))}
 
     def _run_phase(self, phase: Phase, batch: Batch, step_terms: dict[str, Tensor]) -> bool:
-        for other in self._phases if len(self._phases) > 1 else ():
-            for group in other.optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.requires_grad_(other is phase)
+        if len(self._phases) > 1:
+            own = {id(p) for group in phase.optimizer.param_groups for p in group["params"]}
+            for other in self._phases:
+                for group in other.optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.requires_grad_(id(parameter) in own)
         phase.optimizer.zero_grad(set_to_none=True)
         stepped = False
         generator = iter(phase.losses(batch))
@@ -660,12 +671,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             return False
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(phase.optimizer)
-        for module in phase.modules:
-            nn.utils.clip_grad_norm_(module.parameters(), GRADIENT_CLIP)
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), GRADIENT_CLIP) for m in phase.modules]
         if self.grad_scaler is not None:
-            self.grad_scaler.step(phase.optimizer)
-        else:
+            self.grad_scaler.step(phase.optimizer)  # leaves out a step that is not finite
+        elif torch.stack(norms).isfinite().all():
             phase.optimizer.step()
+        else:
+            self._skipped_steps += 1
         return True
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -689,28 +701,42 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             if network is not student:
                 self._set_deep_supervision(network, False)
 
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Switch deep supervision of the network in the student's place."""
+        self._set_deep_supervision(self.network, enabled)
+
     @staticmethod
     def _set_deep_supervision(network: nn.Module, enabled: bool) -> None:
-        network.decoder.deep_supervision = enabled  # type: ignore[union-attr, assignment]
+        for module in network.modules():
+            if hasattr(module, "deep_supervision"):
+                module.deep_supervision = enabled  # type: ignore
 
     def validation_step(self, batch: dict) -> dict:
         """Score the deployed network as nnU-Net does, and student and teacher beside it."""
         result: dict = {}
-        for name in ("student", "teacher") if self.ema_decay is not None else ("student",):
-            with self._in_place_of_student(self.teacher if name == "teacher" else self.network):
+        for name, network in self._scored_networks().items():
+            with self._in_place_of_student(network):
                 # a copy: nnU-Net writes into the target where there is an ignore label
                 target = batch["target"]
                 target = [t.clone() for t in target] if isinstance(target, list) else target.clone()
                 scored = super().validation_step({**batch, "target": target})
             counts = {f"{name}_{c}": scored[f"{c}_hard"] for c in ("tp", "fp", "fn")}
-            result |= counts | (scored if name == self.deploy else {})
+            result |= counts | (scored if network is self.deployed_network() else {})
         return result
+
+    def _scored_networks(self) -> dict[str, nn.Module]:
+        networks = {"student": self.network}
+        if self.teacher is not None:
+            networks["teacher"] = self.teacher
+        if all(self.deployed_network() is not n for n in networks.values()):
+            networks["deployed"] = self.deployed_network()
+        return networks
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """Keep the pseudo-Dice of student and teacher for the log."""
         super().on_validation_epoch_end(val_outputs)
         self._pseudo_dice = {}
-        for name in ("student", "teacher") if self.ema_decay is not None else ("student",):
+        for name in self._scored_networks():
             tp, fp, fn = (
                 np.sum([o[f"{name}_{c}"] for o in val_outputs], 0) for c in ("tp", "fp", "fn")
             )
@@ -738,14 +764,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for name, value in self._meter.means().items():
             group, _, key = name.partition("/")
             record[group][key] = value
+        if self._skipped_steps:
+            self.print_to_log_file(
+                f"WARNING: {self._skipped_steps} steps of this epoch were left out because their "
+                f"gradient was not finite. If this goes on, check the images for extreme values."
+            )
+            self._skipped_steps = 0
         self._history.append(record)
         self._log_externally(record)
         self._warn_if_collapsed(record)
-        super().on_epoch_end()
         for fraction in self.keep_at:
-            if epoch < fraction * self.num_epochs <= epoch + 1:
+            if epoch < fraction * self.num_epochs <= epoch + 1 and not self.disable_checkpointing:
                 kept = Path(self.output_folder) / f"checkpoint_at_{100 * fraction:g}.pth"
                 checkpoints.save_checkpoint(self._prediction_state(), kept)
+        super().on_epoch_end()
         self._history.plot()
 
     def _log_externally(self, record: dict) -> None:
@@ -759,19 +791,34 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                         logger.log(key, number, record["epoch"])
 
     def _warn_if_collapsed(self, record: dict) -> None:
-        pseudo, labels = (record["shares"].get(name) for name in ("pseudo", "labels"))
-        if not pseudo or not labels:
+        """Tell which classes the pseudo-labels lose: for three epochs, then every fifty."""
+        # Partial annotations do not tell true volumes, and early on no class is known yet.
+        if self.label_manager.has_ignore_label or record["progress"] < 0.15:
             return
-        for k, (found, expected) in enumerate(zip(pseudo, labels, strict=True)):
-            if expected > 1e-5 and found < COLLAPSE_RATIO * expected:
-                what = "region" if self.regions else "class"
-                self.print_to_log_file(
-                    f"WARNING: the pseudo-labels are losing {what} {k + 1}: it fills "
-                    f"{100 * found:.3f} % of the pseudo-labelled voxels but {100 * expected:.3f} % "
-                    f"of the annotated ones. If this stays so, the unlabelled scans may not show "
-                    f"it, or training collapses: compare with SSLTrainerSupervised, annotate more "
-                    f"cases, or check imagesUn."
-                )
+        for k, expected in enumerate(record["shares"].get("labels") or []):
+            streak = 0
+            for past in reversed(self._history.records):
+                if not self._is_lost(past, k):
+                    break
+                streak += 1
+            if streak != 3 and (streak == 0 or streak % 50):
+                continue
+            found = record["shares"]["pseudo"][k]
+            self.print_to_log_file(
+                f"WARNING: the pseudo-labels are losing {'region' if self.regions else 'class'} "
+                f"{k + 1}: it fills {100 * found:.3f} % of the pseudo-labelled voxels but "
+                f"{100 * expected:.3f} % of the annotated ones. If this stays so, the unlabelled "
+                f"scans may not show it, or training collapses: compare with "
+                f"SSLTrainerSupervised, annotate more cases, or check imagesUn."
+            )
+
+    @staticmethod
+    def _is_lost(record: dict, k: int) -> bool:
+        found, expected = (
+            (record["shares"].get(name) or [None] * (k + 1))[k] for name in ("pseudo", "labels")
+        )
+        known = found is not None and expected is not None and expected > 1e-5
+        return known and found < COLLAPSE_RATIO * expected
 
     # ------------------------------------------------------------------ data
 
@@ -912,8 +959,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         }
         loss: nn.Module
         if self.regions:
+            # with an ignore mask nnU-Net sums the BCE over regions, without one it averages
+            weight_ce = 1 if self.label_manager.has_ignore_label else 1 / self.num_heads
             loss = DC_and_BCE_loss(
-                {}, dice, use_ignore_label=True, dice_class=MemoryEfficientSoftDiceLoss
+                {},
+                dice,
+                weight_ce=weight_ce,
+                use_ignore_label=True,
+                dice_class=MemoryEfficientSoftDiceLoss,
             )
         else:
             ignore = self.label_manager.ignore_label
@@ -922,6 +975,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             loss = DC_and_CE_loss(
                 dice, {}, ignore_label=self._ignore_value, dice_class=MemoryEfficientSoftDiceLoss
             )
+        if self._do_i_compile():
+            loss.dc = torch.compile(loss.dc)  # type: ignore
         if self.enable_deep_supervision:
             loss = DeepSupervisionWrapper(loss, self.loss.weight_factors)
         return loss
@@ -953,13 +1008,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": scaler.state_dict() if scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
+            "_best_ema": self._best_ema_with_this_epoch(),
             "current_epoch": self.current_epoch + 1,
             "ssl_state": {
                 "format": checkpoints.STATE_FORMAT,
                 "trainer": type(self).__name__,
                 "deploy": self.deploy,
-                "student": self.student.state_dict(),
+                "student": self.network.state_dict(),
                 "companions": {k: m.state_dict() for k, m in self.companions.items()},
                 "optimizers": {
                     p.name: p.optimizer.state_dict()
@@ -972,6 +1027,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         }
         checkpoints.save_checkpoint(state, filename)
 
+    def _best_ema_with_this_epoch(self) -> float | None:
+        """nnU-Net saves the latest checkpoint before it looks whether the epoch is the best."""
+        so_far = self.logger.get_value("ema_fg_dice", step=None)
+        values = [v for v in (self._best_ema, *so_far[-1:]) if v is not None]
+        return max(values, default=None)
+
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Load a checkpoint of this trainer, to continue or to validate.
 
@@ -982,7 +1043,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         saved = checkpoints.load_training_state(path, type(self).__name__)
         super().load_checkpoint(path)
         state = saved["ssl_state"]
-        self.student.load_state_dict(state["student"])
+        self.network.load_state_dict(state["student"])
         for name, module in self.companions.items():
             module.load_state_dict(state["companions"][name])
         for phase in self._phases:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from nnunet_ssl.base import SemiSupervisedTrainer, Terms
 from nnunet_ssl.data.batch import Batch
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import (
     apply_flips,
     apply_rot90,
@@ -37,7 +36,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         L = (sup + lam b pse) / (1 + lam b)
             sup  nnU-Net's loss over true voxels
             pse  counted CE / #pseudo-labelled voxels + Dice over counted voxels
-        b = 1, less if the teacher loses a class
+        b = 1, less if the teacher loses a class (always 1 with the ignore label)
         teacher <- a teacher + (1 - a) student
 
     Without unlabelled weight (lam = 0) the step is the twin's, exactly.
@@ -51,6 +50,7 @@ class SSLTrainer(SemiSupervisedTrainer):
 
     method: ClassVar[str] = "default of nnunet_ssl"
     paper: ClassVar[str] = "parts of FixMatch, UniMatch, Mean Teacher and BCP"
+    needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
     step_cost: ClassVar[float] = 7 / 3
@@ -70,21 +70,15 @@ class SSLTrainer(SemiSupervisedTrainer):
     def check_settings(cls) -> None:
         """Check ranges."""
         super().check_settings()
-        rules = {
-            "warmup": 0 <= cls.warmup < 1,
-            "rampup_end": cls.warmup <= cls.rampup_end <= 1,
-            "exchange_probability": 0 <= cls.exchange_probability <= 1,
-            "box_low": 0 < cls.box_low <= cls.box_high <= 1,
-            "threshold_low": 0 <= cls.threshold_low <= cls.threshold_high <= 1,
-            "threshold_drop": 0 <= cls.threshold_drop < 1,
-        }
-        for name, fits in rules.items():
-            if not fits:
-                raise UserError(
-                    f"{cls.__name__}: setting {name}={getattr(cls, name)} is out of range. Shares "
-                    f"lie in [0, 1], low limits are not above high ones, warmup not above "
-                    f"rampup_end."
-                )
+        shares = "in [0, 1], low limits not above high ones"
+        cls.require(cls.unsup_weight >= 0, "unsup_weight", "0 or more")
+        cls.require(0 <= cls.warmup < 1, "warmup", "in [0, 1)")
+        cls.require(cls.warmup <= cls.rampup_end <= 1, "rampup_end", "between warmup and 1")
+        cls.require(0 <= cls.exchange_probability <= 1, "exchange_probability", "in [0, 1]")
+        cls.require(0 < cls.box_low <= cls.box_high <= 1, "box_low", shares + " and above 0")
+        cls.require(0 <= cls.threshold_low <= cls.threshold_high <= 1, "threshold_low", shares)
+        cls.require(0 <= cls.threshold_drop < 1, "threshold_drop", "in [0, 1)")
+        cls.require(cls.brake_floor > 0, "brake_floor", "above 0")
 
     def build_companions(self) -> dict[str, nn.Module]:
         """Return what remembers confidences and class volumes."""
@@ -109,9 +103,11 @@ class SSLTrainer(SemiSupervisedTrainer):
         super().after_step(observed)
         if "confidences" in observed:
             self.companions["thresholds"].update_from_histogram(observed["confidences"][0])
-            self.companions["brake"].update(
-                observed["teacher_shares"][0], observed["label_shares"][0]
-            )
+            # partial annotations do not tell true volumes
+            if not self.label_manager.has_ignore_label:
+                self.companions["brake"].update(
+                    observed["teacher_shares"][0], observed["label_shares"][0]
+                )
 
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the loss of the labelled chunk, then of the unlabelled one."""
@@ -126,6 +122,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         counted = thresholds.mask(prob) & batch.valid_u
         self.track_pseudo_labels(prob, counted, batch.valid_u)
         self.track("brake", brake.value())
+        del prob  # as large as the logits; not needed while the student runs
         x, pseudo_label, counted, valid = self.strong_view(
             batch.x_u, pseudo_label, counted, batch.valid_u
         )
@@ -146,7 +143,10 @@ class SSLTrainer(SemiSupervisedTrainer):
             pse = self.pseudo_loss(
                 output, pseudo_label, counted & ~true_voxels, valid & ~true_voxels
             )
-            yield {"sup": w_sup * sup / 2, "unsup": w_pse * pse / 2}
+            terms = {"sup": w_sup * sup / 2, "unsup": w_pse * pse / 2}
+            del output, sup, pse  # nothing of this chunk stays while the next one is built
+            yield terms
+            del terms
 
     def label(self, batch: Batch) -> Tensor:
         """Return the teacher's probabilities of the weak view, and observe their statistics."""

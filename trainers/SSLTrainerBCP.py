@@ -8,7 +8,6 @@ from torch import Tensor
 
 from nnunet_ssl.base import SemiSupervisedTrainer, Terms
 from nnunet_ssl.data.batch import Batch
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import hard_labels, random_boxes
 
 
@@ -20,7 +19,7 @@ class SSLTrainerBCP(SemiSupervisedTrainer):
         1. labelled only: a box of one labelled patch pasted into another, teacher = student
         2. p_u = largest component of argmax teacher(u)                      no gradient
            one box M for the batch, 2/3 of each side
-           first half:  x = l inside M, u outside    second half: x = u inside M, l outside
+           one half:  x = l inside M, u outside    the other:  x = u inside M, l outside
            L = R(x; true voxels) + alpha R(x; pseudo-labelled voxels),       R = CE + Dice
            teacher <- 0.99 teacher + 0.01 student
 
@@ -29,13 +28,16 @@ class SSLTrainerBCP(SemiSupervisedTrainer):
     Deviates: nnU-Net's Dice (without background) and CE + Dice instead of half their sum, which
     scales the loss as nnU-Net's optimiser expects; 2B patches make B mixed ones, so memory is that
     of the supervised run; both stages are one run, the second starting with the last weights and
-    not the best ones; the largest component is kept only for classes that are one piece in at
-    least 95 % of the annotated training cases (`largest_component=on` is the published form); no
-    dropout in the teacher, nnU-Net has none; padding of unlabelled patches does not count.
+    not the best ones; which half of the batch gets which direction is drawn, not fixed; the largest
+    component is kept only for classes that are one piece in at least 95 % of the annotated training
+    cases (`largest_component=on` is the published form); no dropout in the teacher, nnU-Net has
+    none; padding of unlabelled patches does not count.
     """
 
     method: ClassVar[str] = "Bidirectional copy-paste"
     paper: ClassVar[str] = "Bai et al. 2023, arXiv:2305.00673"
+    twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=0.99+deploy=student"
+    needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ("stock",)  # one augmentation for all, no weak and strong
@@ -50,12 +52,11 @@ class SSLTrainerBCP(SemiSupervisedTrainer):
 
     @classmethod
     def check_settings(cls) -> None:
-        """Check ranges; the teacher is part of the method."""
+        """Check ranges."""
         super().check_settings()
-        for name, low, high in (("pretrain", 0, 1), ("box", 0, 1)):
-            value = getattr(cls, name)
-            if not low <= value < high:
-                raise UserError(f"{cls.__name__}: setting {name}={value} must be in [0, 1).")
+        cls.require(0 <= cls.pretrain < 1, "pretrain", "in [0, 1)")
+        cls.require(0 < cls.box < 1, "box", "between 0 and 1")
+        cls.require(cls.unsup_weight >= 0, "unsup_weight", "0 or more")
 
     def needs_unlabeled(self, progress: float) -> bool:
         """No unlabelled patches in the first stage."""
@@ -82,8 +83,11 @@ class SSLTrainerBCP(SemiSupervisedTrainer):
         pseudo_label = self.keep_largest(hard_labels(prob, self.regions), self.largest_component)
         self.track("weight", self.unsup_weight)
         self.track_pseudo_labels(prob, batch.valid_u, batch.valid_u)
-        # the first half gets labelled boxes in unlabelled patches, the second half the reverse
-        first = torch.arange(len(x_u), device=self.device) < len(x_u) // 2
+        # Deviates: a random half, not the first, gets labelled boxes in unlabelled patches and the
+        # rest the reverse: nnU-Net forces foreground into the centre of the last patches, and a box
+        # of 2/3 of each side covers every centre.
+        half = (len(x_u) + int(torch.randint(2, ()))) // 2
+        first = (torch.randperm(len(x_u)) < half).to(self.device)
         true_voxels = inside == first.view(-1, *[1] * (x_u.ndim - 1))
         output = self.student(torch.where(true_voxels, batch.x_l, x_u))
         pseudo_voxels = ~true_voxels & batch.valid_u

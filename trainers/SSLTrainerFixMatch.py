@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from nnunet_ssl.base import SemiSupervisedTrainer, Terms
 from nnunet_ssl.data.batch import Batch
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import confidence, hard_labels
 
 
@@ -29,6 +28,7 @@ class SSLTrainerFixMatch(SemiSupervisedTrainer):
 
     method: ClassVar[str] = "FixMatch"
     paper: ClassVar[str] = "Sohn et al. 2020, arXiv:2001.07685"
+    needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
     step_cost: ClassVar[float] = 7 / 3
@@ -41,8 +41,8 @@ class SSLTrainerFixMatch(SemiSupervisedTrainer):
     def check_settings(cls) -> None:
         """Check ranges."""
         super().check_settings()
-        if not 0 <= cls.warmup < 1:
-            raise UserError(f"{cls.__name__}: setting warmup={cls.warmup} must be in [0, 1).")
+        cls.require(0 <= cls.warmup < 1, "warmup", "in [0, 1)")
+        cls.require(cls.unsup_weight >= 0, "unsup_weight", "0 or more")
 
     def needs_unlabeled(self, progress: float) -> bool:
         """No unlabelled patches during the warm-up."""
@@ -59,6 +59,7 @@ class SSLTrainerFixMatch(SemiSupervisedTrainer):
         pseudo_label = hard_labels(prob, self.regions)
         sure = (confidence(prob, self.regions) >= self.threshold) & batch.valid_u
         self.track_pseudo_labels(prob, sure, batch.valid_u)
+        del prob  # as large as the logits; not needed while the student runs
         output = self.student(self.strong_intensity(batch.x_u, batch.valid_u))
         self.track_agreement(output, pseudo_label, sure)
         loss = self.pseudo_loss(output, pseudo_label, sure, batch.valid_u)

@@ -35,6 +35,8 @@ class SSLTrainerMeanTeacher(SemiSupervisedTrainer):
 
     method: ClassVar[str] = "Mean Teacher"
     paper: ClassVar[str] = "Tarvainen & Valpola 2017, arXiv:1703.01780"
+    twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=0.99"
+    needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
     step_cost: ClassVar[float] = 7 / 3
@@ -44,6 +46,13 @@ class SSLTrainerMeanTeacher(SemiSupervisedTrainer):
     rampup: float = 1.0  # fraction of training until the full weight
     noise_std: float = 0.1  # on the teacher's input, in normalised intensity, clipped at twice it
     strong_view: bool = True  # the student sees strong intensity changes
+
+    @classmethod
+    def check_settings(cls) -> None:
+        """Check ranges."""
+        super().check_settings()
+        for name in ("consistency_weight", "rampup", "noise_std"):
+            cls.require(getattr(cls, name) >= 0, name, "0 or more")
 
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the supervised loss, then the consistency with the noisy teacher."""

@@ -15,6 +15,7 @@ def pseudo_ce_dice(
     *,
     regions: bool = False,
     min_voxels: int,
+    ce_weight: float = 1.0,
 ) -> Tensor:
     """Cross-entropy minus mean Dice, counted on pseudo-labelled voxels only.
 
@@ -33,11 +34,12 @@ def pseudo_ce_dice(
         regions: channels are independent regions: binary CE, Dice over all of them.
         min_voxels: classes (regions) with less counted pseudo-label are left out of the Dice; 0
             keeps all, absent ones too, as nnU-Net does.
+        ce_weight: weight of the cross-entropy beside the Dice.
 
     Returns:
-        Scalar: sum(weight * CE) / #pseudo voxels (and regions) - mean Dice, summed over the batch
-        and without background, of the classes kept. 0 with zero gradient if nothing counts.
-        No gradient into labels or weights, nor into logits where `weight` is 0.
+        Scalar: ce_weight * sum(weight * CE) / #pseudo voxels (and regions) - mean Dice, summed over
+        the batch and without background, of the classes kept. 0 with zero gradient if nothing
+        counts. No gradient into labels or weights, nor into logits where `weight` is 0.
 
     Raises:
         ValueError: shapes do not fit.
@@ -71,7 +73,7 @@ def pseudo_ce_dice(
         classes = torch.arange(1, logits.shape[1], device=logits.device)
         target = label == classes.view(1, -1, *[1] * (logits.ndim - 2))
         prob = logits.softmax(1)[:, 1:]
-    return (weight * ce).sum() / total - _mean_dice(prob, target, weight, min_voxels)
+    return ce_weight * (weight * ce).sum() / total - _mean_dice(prob, target, weight, min_voxels)
 
 
 def _mean_dice(prob: Tensor, target: Tensor, weight: Tensor, min_voxels: int) -> Tensor:

@@ -269,17 +269,18 @@ def test_collapse_is_told_in_plain_words(nnunet, make_trainer, monkeypatch, coll
     monkeypatch.setattr(trainer, "teacher_prob", only_background if collapsed else thirds)
     # patches without forced foreground tell the true shares
     monkeypatch.setattr(trainer, "label_shares", lambda batch: torch.tensor([0.1, 0.1]))
-    for epoch_part in ("on_epoch_start", "on_train_epoch_start"):
-        getattr(trainer, epoch_part)()
-    trainer.on_train_epoch_end(
-        [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
-    )
-    with torch.no_grad():
-        trainer.on_validation_epoch_start()
-        trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
-    trainer.on_epoch_end()
+    for _ in range(4):
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+        trainer.on_train_epoch_end(
+            [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+        )
+        with torch.no_grad():
+            trainer.on_validation_epoch_start()
+            trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
+        trainer.on_epoch_end()
     warnings = [line for line in said if "pseudo-labels are losing class" in line]
-    assert len(warnings) == (2 if collapsed else 0)
+    assert len(warnings) == (2 if collapsed else 0)  # once a class, not every epoch
     if collapsed:
         record = read_log(Path(trainer.output_folder) / "ssl_log.jsonl")[-1]
         assert record["shares"]["pseudo"] == [0, 0]
@@ -418,3 +419,122 @@ def test_phases_resume_with_their_optimizers(alternating, nnunet):
     for key, value in saved["state"].items():
         assert torch.equal(value["exp_avg"], loaded["state"][key]["exp_avg"])
     assert torch.equal(trainer.companions["judge"].weight, again.companions["judge"].weight)
+
+
+# ---------------------------------------------------------------- losses of the base
+
+
+@pytest.mark.parametrize("dataset", ["Toy", "Ignore", "Regions", "RegionsIgnore", "Channels"])
+def test_masked_and_pseudo_losses_keep_the_scale_of_nnunets(make_trainer, dataset):
+    trainer = make_trainer("SSLTrainer", dataset)
+    trainer.on_train_start()
+    data = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+    output = trainer.student(data.x_l)
+    everything = torch.ones_like(data.valid_l)
+    stock = trainer.loss(output, data.y_l)
+    assert torch.allclose(trainer.masked_loss(output, data.target, everything), stock, atol=1e-6)
+
+    half = everything.clone()
+    half[..., : half.shape[-1] // 2] = False
+    spoiled = torch.where(half, data.target, torch.zeros_like(data.target))
+    a, b = (trainer.masked_loss(output, t, half) for t in (data.target, spoiled))
+    # coarse scales take their voxels from kept ones only, so the rest cannot matter
+    assert torch.allclose(a, b, atol=1e-6)
+    none = trainer.masked_loss(output, data.target, torch.zeros_like(half))
+    gradients = torch.autograd.grad(none, trainer.student.parameters(), allow_unused=True)
+    assert none.isfinite() and all(g is None or not g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("dataset", ["Toy", "Regions", "RegionsIgnore"])
+def test_pseudo_loss_has_the_cross_entropy_of_nnunet(make_trainer, dataset, monkeypatch):
+    trainer = make_trainer("SSLTrainer+enable_deep_supervision=false", dataset)
+    trainer.on_train_start()
+    data = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+    output = trainer.student(data.x_l)
+    everything = torch.ones_like(data.valid_l)
+    labels = torch.zeros_like(data.target[:, : trainer.num_heads if trainer.regions else 1])
+    # no foreground: the Dice of the pseudo-label is left out, nnU-Net's is smooth / volume
+    target = labels
+    if trainer.regions:
+        target = torch.cat([labels, torch.zeros_like(labels[:, :1])], 1)
+        weight = torch.ones_like(labels)
+        inner = trainer._masked_loss
+    else:
+        weight, inner = everything, trainer._masked_loss
+    monkeypatch.setattr(inner, "weight_dice", 0)
+    stock = inner(output, target)
+    assert torch.allclose(trainer.pseudo_loss(output, labels, weight, everything), stock, rtol=1e-4)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_told(make_trainer, monkeypatch):
+    trainer = make_trainer("SSLTrainerFixMatch+warmup=0+threshold=0")
+    said = []
+    trainer.on_train_start()
+    monkeypatch.setattr(
+        trainer, "print_to_log_file", lambda *a, **k: said.append(" ".join(map(str, a)))
+    )
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    before = [p.detach().clone() for p in trainer.student.parameters()]
+    pseudo_loss = trainer.pseudo_loss
+    monkeypatch.setattr(trainer, "pseudo_loss", lambda *a: pseudo_loss(*a) * float("nan"))
+    outputs = [trainer.train_step(next(trainer.dataloader_train))]
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.student.parameters(), strict=True))
+    monkeypatch.setattr(trainer, "pseudo_loss", pseudo_loss)
+    outputs.append(trainer.train_step(next(trainer.dataloader_train)))
+    assert all(p.isfinite().all() for p in trainer.student.parameters())
+    assert not torch.equal(before[0], next(trainer.student.parameters()))
+    trainer.on_train_epoch_end(outputs)
+    with torch.no_grad():
+        trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
+    trainer.on_epoch_end()
+    assert any("1 steps of this epoch were left out" in line for line in said)
+
+
+def test_best_checkpoint_after_continuing(make_trainer, monkeypatch):
+    """nnU-Net saves the latest checkpoint before it notes that the epoch was the best one."""
+    trainer = make_trainer("SSLTrainerSupervised+save_every=1")
+    trainer.run_training()
+    trainer._best_ema = 0.0
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
+    saved = torch.load(Path(trainer.output_folder) / "checkpoint_latest.pth", weights_only=False)
+    assert saved["_best_ema"] == trainer.logger.get_value("ema_fg_dice", step=-1) > 0
+
+
+def test_no_teacher(make_trainer):
+    trainer = make_trainer("SSLTrainerSupervised+ema_decay=None+deploy=student")
+    trainer.run_training()
+    assert trainer.teacher is None
+    record = read_log(Path(trainer.output_folder) / "ssl_log.jsonl")[-1]
+    assert record["pseudo_dice"].keys() == {"student"}
+    with pytest.raises(UserError, match="ema_decay=None must be a number or auto"):
+        make_trainer("SSLTrainerBCP+ema_decay=None")
+
+
+def test_nothing_is_computed_only_to_be_printed(make_trainer, monkeypatch):
+    """nnU-Net's debug file reads every attribute; none may be an expensive property."""
+    monkeypatch.setattr(
+        SemiSupervisedTrainer, "_find_single_piece", lambda self: pytest.fail("asked for")
+    )
+    make_trainer("SSLTrainerBCP").on_train_start()
+
+
+def test_both_directions_of_bcp_reach_forced_patches(make_trainer, monkeypatch):
+    """nnU-Net forces foreground into the last patches; a fixed half would never show it."""
+    trainer = make_trainer("SSLTrainerBCP+pretrain=0")
+    trainer.on_train_start()
+    data = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+    centre = tuple(s // 2 for s in data.x_l.shape[2:])
+    seen = set()
+    masked_loss = trainer.masked_loss
+
+    def watch(output, target, keep):
+        seen.add((bool(keep[0, 0][centre]), bool(keep[-1, 0][centre])))
+        return masked_loss(output, target, keep)
+
+    monkeypatch.setattr(trainer, "masked_loss", watch)
+    for _ in range(12):
+        for _ in trainer.losses(data):
+            pass
+    # a half each time, and each way round
+    assert {(True, False), (False, True)} == seen
