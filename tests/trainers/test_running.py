@@ -538,3 +538,58 @@ def test_both_directions_of_bcp_reach_forced_patches(make_trainer, monkeypatch):
             pass
     # a half each time, and each way round
     assert {(True, False), (False, True)} == seen
+
+
+# ---------------------------------------------------------------- plans
+
+
+def edit_plans(preprocessed, edit):
+    path = preprocessed / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    edit(plans["configurations"])
+    path.write_text(json.dumps(plans))
+
+
+@pytest.mark.parametrize("name", ["SSLTrainer", "SSLTrainerBCP"])
+def test_residual_encoder_plans(own_data, make_trainer, name):
+    def residual(configurations):
+        architecture = configurations["3d_fullres"]["architecture"]
+        architecture["network_class_name"] = (
+            "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+        )
+        kwargs = architecture["arch_kwargs"]
+        kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
+
+    edit_plans(own_data[1], residual)
+    trainer = make_trainer(name)
+    trainer.run_training()
+    assert type(trainer.student).__name__ == "ResidualEncoderUNet"
+    assert read_log(Path(trainer.output_folder) / "ssl_log.jsonl")[-1]["terms"]["unsup"] != 0
+
+
+def test_lowres_trains_and_its_cascade_is_refused(own_data, make_trainer):
+    def lowres(configurations):
+        configurations["3d_lowres"] = {
+            "inherits_from": "3d_fullres",
+            "next_stage": "3d_cascade_fullres",
+        }
+        configurations["3d_cascade_fullres"] = {
+            "inherits_from": "3d_fullres",
+            "previous_stage": "3d_lowres",
+        }
+
+    edit_plans(own_data[1], lowres)
+    trainer = make_trainer("SSLTrainer", configuration="3d_lowres")
+    trainer.run_training()
+    assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()
+    with pytest.raises(NotImplementedError, match="the cascade"):
+        make_trainer("SSLTrainer", configuration="3d_cascade_fullres")
+
+
+def test_unlabeled_preprocessed_for_another_configuration(own_data, make_trainer):
+    _, preprocessed = own_data
+    shutil.rmtree(preprocessed / "nnUNetPlans_2d_unlabeled")
+    (preprocessed / "nnUNetPlans_2d_unlabeled.json").unlink()
+    make_trainer("SSLTrainer").on_train_start()  # the other one is not touched
+    with pytest.raises(UserError, match=r"not preprocessed for configuration 2d.*-c 2d"):
+        make_trainer("SSLTrainer", configuration="2d").on_train_start()
