@@ -270,6 +270,8 @@ def describe_trainer(name: str, cls: Any) -> str:
     width = max(map(len, settings), default=0)
     lines += [f"  {key.ljust(width)}  {value!r}" for key, value in settings.items()]
     lines.append(f"\nexample: -tr {name.split('+')[0]}+num_epochs=100")
+    if cls.uses_unlabeled:
+        lines.append(f"its supervised twin: -tr {cls.twin}")
     return "\n".join(lines)
 
 

@@ -36,6 +36,7 @@ class FakeTrainer:
     method, paper, dims, networks = "Guessing", "arXiv:0000.00000", ("2d", "3d"), "any"
     deploy, deploys_stock, step_cost = "teacher", True, 2.0
     supports_regions, supports_ignore, supports_ddp = True, False, False
+    uses_unlabeled, twin = True, "SSLTrainerTwin+ema_decay=0.99"
 
     @classmethod
     def settings(cls):
