@@ -95,19 +95,21 @@ class History:
             ("class share: pseudo-labels solid, annotated dashed", "shares"),
             ("pseudo-Dice, mean over classes", "pseudo_dice"),
         ]
-        figure, axes = plt.subplots(2, 2, figsize=(14, 9))
-        for axis, (title, group) in zip(axes.flat, panels, strict=True):
-            for name, values, style in self._curves(group):
-                axis.plot([r["epoch"] for r in self.records], values, style, label=name, marker=".")
-            axis.set(title=title, xlabel="epoch")
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=8)
-        figure.tight_layout()
-        try:
-            with atomic_path(self.plot_path) as part:
-                figure.savefig(part, format="png", dpi=80)
-        finally:
-            plt.close(figure)
+        with plt.style.context("default"):  # nnU-Net's plots leave their large fonts behind
+            figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
+            epochs = [r["epoch"] for r in self.records]
+            for axis, (title, group) in zip(axes.flat, panels, strict=True):
+                for name, values, style in self._curves(group):
+                    axis.plot(epochs, values, style, label=name, marker=".")
+                axis.set(title=title, xlabel="epoch")
+                axis.grid(alpha=0.3)
+                if axis.get_legend_handles_labels()[0]:
+                    axis.legend(fontsize=8)
+            try:
+                with atomic_path(self.plot_path) as part:
+                    figure.savefig(part, format="png", dpi=80)
+            finally:
+                plt.close(figure)
 
     def _curves(self, group: str) -> list[tuple[str, list[float], str]]:
         nan = float("nan")
