@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,10 @@ def read_manifest(preprocessed_base: Path, plans: Mapping[str, Any], configurati
     if not cases:
         raise UserError(f"{path} lists no scans. Put scans without masks into imagesUn. {fix}")
     folder = unlabeled_folder(base, data_identifier)
+    present = set(os.listdir(folder)) if folder.is_dir() else set()  # one look for any number
     for case in cases:
         for ending in (".b2nd", "_seg.b2nd", ".pkl"):
-            if not (folder / f"{case}{ending}").is_file():
+            if case + ending not in present:
                 raise UserError(f"{folder / (case + ending)} is missing. {fix}")
     return manifest
 
