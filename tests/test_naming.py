@@ -48,11 +48,11 @@ def test_settings_get_the_type_of_the_setting(setting, key, value):
 
 
 def test_several_settings_and_the_default_stays_as_it_is():
-    made = resolve("SSLTrainerBCP+num_epochs=7+largest_component=off+ema_decay=None+seed=2")
+    made = resolve("SSLTrainerBCP+num_epochs=7+largest_component=off+ema_decay=auto+seed=2")
     assert (made.num_epochs, made.largest_component, made.ema_decay, made.seed) == (
         7,
         "off",
-        None,
+        "auto",
         2,
     )
     assert SSLTrainerBCP.num_epochs != 7 and SSLTrainerBCP.seed is None
@@ -134,16 +134,26 @@ def test_pairs_must_read_key_value_once(pairs):
         ("num_iterations_per_epoch=-1", "at least 1"),
         ("save_every=11", "between 1 and 10"),
         ("initial_lr=0", "above 0"),
-        ("seed=-1", "0 or more"),
+        ("seed=-1", "between 0 and 2^32 - 1"),
+        ("seed=4294967296", "between 0 and 2^32 - 1"),
+        ("initial_lr=1e999", "above 0 and finite"),
         ("keep_at=0.5,1.0", "fractions between 0 and 1"),
         ("ema_decay=1", "[0, 1)"),
-        ("ema_decay=None", "student, since ema_decay=None makes no teacher"),
-        ("warmup=1.0", ""),
-        ("rampup_end=0.05", ""),
+        ("ema_decay=None", "a number or auto, since the method needs its teacher"),
+        ("unsup_weight=-1.0", "0 or more"),
+        ("brake_floor=0.0", "above 0"),
+        ("warmup=1.0", "in [0, 1)"),
+        ("rampup_end=0.05", "between warmup and 1"),
     ],
 )
 def test_values_out_of_range(setting, rule):
     fails_with(f"SSLTrainer+{setting}", setting.split("=")[0], rule)
+
+
+def test_no_teacher_means_that_the_student_predicts():
+    fails_with("SSLTrainerSupervised+ema_decay=None", "deploy", "student, since ema_decay=None")
+    made = resolve("SSLTrainerSupervised+ema_decay=None+deploy=student")
+    assert made.ema_decay is None
 
 
 # ---------------------------------------------------------------- a user's own trainers
