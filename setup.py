@@ -47,7 +47,6 @@ setup(
     },
     entry_points={"console_scripts": ["nnunet_ssl=nnunet_ssl.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Medical Science Apps.",
     ],
