@@ -339,8 +339,24 @@ def run_predict(args: argparse.Namespace) -> None:
     trainer = prepare(args)
     from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 
+    require_trained_model(args)
     call_nnunet("nnUNetv2_predict", args, predict_entry_point)
     print_predict_command(trainer, args, [args.i, args.o], args.d, args.c, args.f)
+
+
+def require_trained_model(args: argparse.Namespace) -> None:
+    """Raise UserError if there is no model to predict with."""
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    try:
+        model = Path(get_output_folder(args.d, args.tr, args.p, args.c))
+    except (RuntimeError, ValueError) as error:  # unknown data set, or nnUNet_results unset
+        raise UserError(str(error)) from error
+    if not (model / "plans.json").is_file():
+        raise UserError(
+            f"No trained model in {model}. Give -d, -c, -tr and -p as in training, or train first: "
+            f"nnunet_ssl train {args.d} {args.c} all -tr {args.tr}"
+        )
 
 
 def prepare(args: argparse.Namespace) -> Any:

@@ -42,8 +42,12 @@ def estimate(dataset: str, configuration: str, plans: str, trainer: str, device:
     """
     command = [sys.executable, "-m", "nnunet_ssl.estimate"]
     command += [dataset, configuration, plans, trainer, device]
+    # not the current folder: in a checkout it hides the installed package
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT, env=environment
+        )
     except subprocess.TimeoutExpired:
         return f"no estimate: one training step takes more than {LIMIT // 2} s on {device}"
     except OSError as error:

@@ -159,7 +159,11 @@ def test_train_takes_our_trainer_by_default_and_measures_nothing_for_val(entry_p
     assert not entry_points.estimates
 
 
-def test_predict_hands_arguments_on(entry_points, capsys):
+def test_predict_hands_arguments_on(entry_points, monkeypatch, tmp_path, capsys):
+    model = tmp_path / "Dataset004_X" / "SSLTrainerOwn__nnUNetPlans__3d_fullres"
+    model.mkdir(parents=True)
+    (model / "plans.json").write_text("{}")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
     typed = ["-i", "in put", "-o", "out", "-d", "4", "-c", "3d_fullres", "-f", "0", "1"]
     typed += ["-tr", "SSLTrainerOwn", "-device", "cpu", "-chk", "checkpoint_best.pth"]
     typed += ["-prev_stage_predictions", "earlier"]
@@ -168,6 +172,20 @@ def test_predict_hands_arguments_on(entry_points, capsys):
     text = capsys.readouterr().out
     assert "-f 0 1 -i 'in put' -o out -device cpu -chk checkpoint_best.pth" in text
     assert "export nnUNet_extTrainer=" in text  # its network is not nnU-Net's
+
+
+def test_predict_without_a_trained_model_says_what_is_missing(
+    entry_points, monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "Dataset004_X").mkdir()
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    typed = ["predict", "-i", "in", "-o", "out", "-c", "2d", "-device", "cpu", "-d"]
+    assert cli.main([*typed, "4"]) == 2
+    told = capsys.readouterr().err
+    assert "No trained model in" in told and "train first: nnunet_ssl train 4 2d all" in told
+    assert cli.main([*typed, "5"]) == 2
+    assert "Could not find a dataset with the ID 5" in capsys.readouterr().err
+    assert entry_points.argv is None
 
 
 def test_missing_gpu_is_told_before_nnunet_starts(entry_points, monkeypatch, capsys):
