@@ -124,7 +124,7 @@ def train_and_score(work: Path, trainer: str, seed: int, run: Runner) -> dict:
     return {
         "trainer": trainer,
         "seed": seed,
-        "draw": "published order",
+        "draw": "order of the list",
         "mean_dice": {
             **{c: round(float(np.mean(v)), 4) for c, v in dice.items()},
             "mean": round(float(np.mean(list(dice.values()))), 4),
