@@ -119,6 +119,7 @@ class SSLTrainer(SemiSupervisedTrainer):
             return
         thresholds, brake = self.companions["thresholds"], self.companions["brake"]
         pseudo_label = hard_labels(prob, self.regions)
+        # Deviates: FixMatch and UniMatch have one threshold for all classes
         counted = thresholds.mask(prob) & batch.valid_u
         self.track_pseudo_labels(prob, counted, batch.valid_u)
         self.track("brake", brake.value())
@@ -127,7 +128,9 @@ class SSLTrainer(SemiSupervisedTrainer):
             batch.x_u, pseudo_label, counted, batch.valid_u
         )
         weight = weight * brake.value()
+        # Deviates: normalised, where the sources add the terms, so that SGD keeps the twin's scale
         w_sup, w_pse = 1 / (1 + weight), weight / (1 + weight)
+        # Deviates: BCP mixes in every step; test images are not mixed
         if torch.rand(()).item() >= self.exchange_probability:
             yield {"sup": w_sup * self.loss(self.student(batch.x_l), batch.y_l)}
             output = self.student(x)

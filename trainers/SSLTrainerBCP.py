@@ -80,6 +80,7 @@ class SSLTrainerBCP(SemiSupervisedTrainer):
             return
         x_u = batch.views["stock"]
         prob = self.teacher_prob(x_u)
+        # Deviates: filtered only where classes are one piece; published for all
         pseudo_label = self.keep_largest(hard_labels(prob, self.regions), self.largest_component)
         self.track("weight", self.unsup_weight)
         self.track_pseudo_labels(prob, batch.valid_u, batch.valid_u)
@@ -92,6 +93,7 @@ class SSLTrainerBCP(SemiSupervisedTrainer):
         output = self.student(torch.where(true_voxels, batch.x_l, x_u))
         pseudo_voxels = ~true_voxels & batch.valid_u
         self.track_agreement(output, pseudo_label, pseudo_voxels)
+        # Deviates: published as half of CE + Dice, with background in the Dice
         yield {
             "sup": self.masked_loss(output, batch.target, true_voxels),
             "unsup": self.unsup_weight

@@ -55,12 +55,13 @@ class SSLTrainerFixMatch(SemiSupervisedTrainer):
         self.track("weight", weight)
         if weight == 0:
             return
-        prob = self.teacher_prob(batch.x_u)
+        prob = self.teacher_prob(batch.x_u)  # Deviates: published with the student's
         pseudo_label = hard_labels(prob, self.regions)
         sure = (confidence(prob, self.regions) >= self.threshold) & batch.valid_u
         self.track_pseudo_labels(prob, sure, batch.valid_u)
         del prob  # as large as the logits; not needed while the student runs
         output = self.student(self.strong_intensity(batch.x_u, batch.valid_u))
         self.track_agreement(output, pseudo_label, sure)
+        # Deviates: Dice beside the published cross-entropy
         loss = self.pseudo_loss(output, pseudo_label, sure, batch.valid_u)
         yield {"unsup": weight * loss}
