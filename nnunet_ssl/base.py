@@ -367,7 +367,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Change state after the optimizer step.
 
         Args:
-            observed: what `losses` passed to `observe`, detached, a list a name.
+            observed: what `losses` passed to `observe`, detached, a list a name; also
+                `label_shares` of methods with unlabelled data.
         """
         if self.ema_decay is not None:
             ema_update(self.teacher, self.network, self.teacher_decay())
@@ -558,7 +559,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @torch.no_grad()
     def track_pseudo_labels(self, prob: Tensor, counted: Tensor, valid: Tensor) -> None:
-        """Log coverage, mean confidence and class shares of pseudo-labels.
+        """Log coverage, mean confidence and class shares; observe the last as `pseudo_shares`.
 
         Args:
             prob: the labelling network's probabilities, (B, K, *).
@@ -569,7 +570,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.track("coverage", (counted.bool() & valid).float().mean(1).sum() / voxels)
         sure = confidence(prob, self.regions).mean(1, keepdim=True)
         self.track("confidence", (sure * valid).sum() / voxels)
-        self._meter.add("shares/pseudo", self.pseudo_shares(prob, valid))
+        shares = self._shares(hard_labels(prob, self.regions), valid, None)
+        self._meter.add("shares/pseudo", shares)
+        self.observe("pseudo_shares", shares)
 
     @torch.no_grad()
     def track_agreement(self, output: Any, pseudo_label: Tensor, counted: Tensor) -> None:
@@ -581,10 +584,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _shares(self, labels: Tensor, valid: Tensor, samples: Tensor | None) -> Tensor:
         return class_shares(labels, valid, self.num_heads, self.regions, samples)
-
-    def pseudo_shares(self, prob: Tensor, valid: Tensor) -> Tensor:
-        """Return the share of each foreground class or region among the decisions of `prob`."""
-        return self._shares(hard_labels(prob, self.regions), valid, None)
 
     def label_shares(self, batch: Batch) -> Tensor:
         """Return the share of each foreground class or region in patches that were not forced.
@@ -632,7 +631,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         data = Batch.from_loader(batch, self.device)
         self._observed = defaultdict(list)
         if self.uses_unlabeled:
-            self._meter.add("shares/labels", self.label_shares(data))
+            shares = self.label_shares(data)
+            self._meter.add("shares/labels", shares)
+            self.observe("label_shares", shares)
         step_terms: dict[str, Tensor] = {}
         stepped = False
         for phase in self._phases:

@@ -106,24 +106,20 @@ class SSLTrainer(SemiSupervisedTrainer):
             # partial annotations do not tell true volumes
             if not self.label_manager.has_ignore_label:
                 self.companions["brake"].update(
-                    observed["teacher_shares"][0], observed["label_shares"][0]
+                    observed["pseudo_shares"][0], observed["label_shares"][0]
                 )
 
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the loss of the labelled chunk, then of the unlabelled one."""
         weight = self.unsup_weight * rampup_between(self.progress, self.warmup, self.rampup_end)
         self.track("weight", weight)
-        prob = None if batch.x_u is None else self.label(batch)
-        if weight == 0 or prob is None:
+        if batch.x_u is not None:  # a little before they count, too
+            pseudo_label, counted = self.label(batch)
+        if weight == 0:
             yield {"sup": self.loss(self.student(batch.x_l), batch.y_l)}
             return
-        thresholds, brake = self.companions["thresholds"], self.companions["brake"]
-        pseudo_label = hard_labels(prob, self.regions)
-        # Deviates: FixMatch and UniMatch have one threshold for all classes
-        counted = thresholds.mask(prob) & batch.valid_u
-        self.track_pseudo_labels(prob, counted, batch.valid_u)
+        brake = self.companions["brake"]
         self.track("brake", brake.value())
-        del prob  # as large as the logits; not needed while the student runs
         x, pseudo_label, counted, valid = self.strong_view(
             batch.x_u, pseudo_label, counted, batch.valid_u
         )
@@ -151,17 +147,21 @@ class SSLTrainer(SemiSupervisedTrainer):
             yield terms
             del terms
 
-    def label(self, batch: Batch) -> Tensor:
-        """Return the teacher's probabilities of the weak view, and observe their statistics."""
+    def label(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the teacher's decisions on the weak view and which of them count.
+
+        Observes the statistics from which `after_step` moves thresholds and brake.
+        """
         prob = self.teacher_prob(batch.x_u)
         thresholds = self.companions["thresholds"]
+        # Deviates: FixMatch and UniMatch have one threshold for all classes
+        counted = thresholds.mask(prob) & batch.valid_u
+        self.track_pseudo_labels(prob, counted, batch.valid_u)
         histogram = thresholds.confidence_histogram(
             prob, batch.valid_u, thresholds.bins, self.regions
         )
         self.observe("confidences", histogram)
-        self.observe("teacher_shares", self.pseudo_shares(prob, batch.valid_u))
-        self.observe("label_shares", self.label_shares(batch))
-        return prob
+        return hard_labels(prob, self.regions), counted
 
     def strong_view(
         self, x: Tensor, pseudo_label: Tensor, counted: Tensor, valid: Tensor

@@ -242,7 +242,6 @@ def test_curves_are_drawn(nnunet, make_trainer, monkeypatch):
     trainer = make_trainer("SSLTrainerMeanTeacher")
     trainer.run_training()
     monkeypatch.undo()  # the fixture leaves plots out
-    base.History(trainer.output_folder)
     history = base.History(trainer.output_folder)
     history.cut_back(99)
     history.plot()
@@ -301,8 +300,10 @@ def test_weights_are_kept_on_the_way(nnunet, make_trainer):
     assert (folder / "checkpoint_at_70.pth").is_file()
 
 
-def test_latest_checkpoint_at_least_every_ten_epochs():
+def test_latest_checkpoint_at_least_every_ten_epochs(make_trainer):
     assert SemiSupervisedTrainer.save_every <= 10
+    with pytest.raises(UserError, match="save_every=11 must be between 1 and 10"):
+        make_trainer("SSLTrainer+save_every=11")
 
 
 def test_pretrained_weights_reach_student_and_teacher(nnunet, make_trainer):
