@@ -36,14 +36,17 @@ setup(
         "SimpleITK",
         "batchgenerators",
         "dynamic-network-architectures",
+        "jinja2",
         "matplotlib",
+        "pandas",
+        "pyyaml",
         "scipy",
         "tqdm",
     ],
     extras_require={
         "slurm": ["submitit"],
         "mamba": ["mamba-ssm"],
-        "dev": ["pytest", "ruff", "mypy", "codespell", "pre-commit"],
+        "dev": ["pytest", "ruff", "mypy", "codespell", "pre-commit", "medpy", "submitit"],
     },
     entry_points={"console_scripts": ["nnunet_ssl=nnunet_ssl.cli:main"]},
     classifiers=[

@@ -223,6 +223,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._resumed: dict | None = None
         self._meter = Meter()
         self._skipped_steps = 0
+        self._patches = {"labeled": 0, "unlabeled": 0}  # seen in this epoch
         self._observed: dict[str, list[Tensor]] = defaultdict(list)
         self._unlabeled_active = Value("b", False)
 
@@ -629,6 +630,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         while self._unlabeled_active.value and "unlabeled" not in batch:
             batch = next(self.dataloader_train)  # made before unlabelled patches were asked for
         data = Batch.from_loader(batch, self.device)
+        self._patches["labeled"] += len(data.keys_l)
+        self._patches["unlabeled"] += len(data.keys_u)
         self._observed = defaultdict(list)
         if self.uses_unlabeled:
             shares = self.label_shares(data)
@@ -761,7 +764,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "pseudo_labels": {},
             "shares": {},
             "pseudo_dice": self._pseudo_dice,
+            "patches": self._patches,
         }
+        if self.device.type == "cuda":
+            record["gpu_peak_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20)
+        self._patches = {"labeled": 0, "unlabeled": 0}
         for name, value in self._meter.means().items():
             group, _, key = name.partition("/")
             record[group][key] = value

@@ -79,7 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
-        name: str, run: Callable[[argparse.Namespace], int | None], text: str, example: str
+        name: str,
+        run: Callable[[argparse.Namespace], int | None],
+        text: str,
+        example: str,
+        add_help: bool = True,
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
@@ -87,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=f"{text}.\n\nexample: {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            add_help=add_help,
         )
         sub.set_defaults(run=run)
         return sub
@@ -191,6 +196,83 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("-f", nargs="+", metavar="FOLD", help="folds; default: all that are there")
     sub.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint (%(default)s)")
+
+    sub = add(
+        "convert",
+        run_convert,
+        "turn an original download into a data set with annotated, unannotated and test cases",
+        "nnunet_ssl convert LA -i 2018LA_Seg -d 11 --labeled 8",
+        add_help=False,  # the scripts have their own
+    )
+
+    sub = add(
+        "evaluate",
+        run_evaluate,
+        "compare segmentations with annotations",
+        "nnunet_ssl evaluate -g labelsTs -p segmentations -o scores",
+    )
+    sub.add_argument("-g", required=True, type=Path, metavar="FOLDER", help="annotations")
+    sub.add_argument("-p", required=True, type=Path, metavar="FOLDER", help="segmentations")
+    sub.add_argument("-o", required=True, type=Path, metavar="OUT", help="folder for the scores")
+    labels = sub.add_mutually_exclusive_group()
+    labels.add_argument("--labels", nargs="+", type=int, metavar="N", help="values to score")
+    labels.add_argument(
+        "--dataset-json",
+        type=Path,
+        metavar="FILE",
+        help="names, regions and ignore label; default: dataset.json beside the segmentations",
+    )
+    sub.add_argument(
+        "--units",
+        choices=["mm", "voxel", "both"],
+        default="mm",
+        help="unit of distances (%(default)s)",
+    )
+    sub.add_argument(
+        "--tolerance", type=float, default=1.0, help="of NSD, in that unit (%(default)s)"
+    )
+    sub.add_argument("-np", type=int, metavar="N", help="processes; default: one per core")
+
+    sub = add(
+        "benchmark",
+        run_benchmark,
+        "run the experiments of a spec, each beside its supervised twin",
+        "nnunet_ssl benchmark benchmarks/specs/la.yaml -o la_runs",
+    )
+    sub.add_argument("spec", type=Path, metavar="SPEC.yaml", help="what to run")
+    sub.add_argument("-o", required=True, type=Path, metavar="DIR", help="folder of the runs")
+    sub.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time")
+    sub.add_argument(
+        "--launcher", choices=["local", "slurm"], default="local", help="(%(default)s)"
+    )
+    sub.add_argument("--only", nargs="+", metavar="PART", help="cells named like one of these")
+    sub.add_argument("--dry-run", action="store_true", help="only tell what would run")
+
+    sub = add(
+        "compare",
+        run_compare,
+        "cross-validate a trainer and its supervised twin on your annotated cases",
+        "nnunet_ssl compare -d 4 -c 3d_fullres -o comparison",
+    )
+    sub.add_argument("-d", required=True, metavar="ID", help="data set id or name")
+    sub.add_argument("-c", required=True, metavar="CONFIG", help="2d, 3d_fullres or 3d_lowres")
+    sub.add_argument(
+        "-tr", nargs="+", default=[DEFAULT_TRAINER], metavar="NAME", help="(%(default)s)"
+    )
+    sub.add_argument("-p", default=DEFAULT_PLANS, metavar="PLANS", help="plans (%(default)s)")
+    sub.add_argument("-o", type=Path, metavar="DIR", help="default: compare_ID_CONFIG")
+    sub.add_argument("-device", default="cuda", help="cuda, cpu or mps (%(default)s)")
+    sub.add_argument("--workers", type=int, default=1, metavar="N", help="trainings at a time")
+    sub.add_argument("--yes", action="store_true", help="do not ask after the estimate of time")
+
+    sub = add(
+        "report",
+        run_report,
+        "make one HTML page from a folder of runs",
+        "nnunet_ssl report la_runs -o report.html",
+    )
+    sub.add_argument("folder", type=Path, metavar="DIR", help="folder of benchmark or compare")
+    sub.add_argument("-o", required=True, type=Path, metavar="FILE", help="page to write")
 
     sub = add(
         "demo",
@@ -421,6 +503,69 @@ def run_export(args: argparse.Namespace) -> None:
     print(export_model(args.i, args.o, args.network, args.f, args.chk))
 
 
+def run_convert(args: argparse.Namespace) -> int:
+    """Hand over to the data set's script."""
+    from nnunet_ssl import dataset_conversion
+
+    return dataset_conversion.main(args.raw)
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Score a folder of segmentations and print the table."""
+    from nnunet_ssl.evaluation.evaluate import evaluate_folder
+
+    evaluate_folder(
+        args.g,
+        args.p,
+        args.o,
+        labels=args.labels,
+        dataset_json=args.dataset_json,
+        units=args.units,
+        tolerance=args.tolerance,
+        processes=args.np,
+    )
+
+
+def run_benchmark(args: argparse.Namespace) -> int:
+    """Run the cells of a spec; 1 if one failed."""
+    check_nnunet_version()
+    from nnunet_ssl.evaluation.benchmark import run_benchmark
+
+    return run_benchmark(
+        args.spec,
+        args.o,
+        workers=args.workers,
+        launcher=args.launcher,
+        only=args.only,
+        dry_run=args.dry_run,
+    )
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Cross-validate trainers beside their twins; 1 if a training failed."""
+    check_nnunet_version()
+    from nnunet_ssl.evaluation.compare import compare
+
+    return compare(
+        dataset_id(args.d),
+        args.c,
+        args.tr,
+        args.o or Path(f"compare_{args.d}_{args.c}"),
+        plans=args.p,
+        device=args.device,
+        workers=args.workers,
+        ask=not args.yes,
+    )
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Write the page."""
+    from nnunet_ssl.evaluation.report import write_report
+
+    write_report(args.folder, args.o)
+    print(args.o)
+
+
 def run_demo(args: argparse.Namespace) -> None:
     """Run the demo."""
     check_nnunet_version()
@@ -434,7 +579,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
-    if unknown and args.command not in ("train", "predict"):
+    if unknown and args.command not in ("train", "predict", "convert"):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.raw = argv[1:]  # what newer options nnU-Net has, it gets
     try:
