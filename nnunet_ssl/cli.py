@@ -111,16 +111,26 @@ def build_parser() -> argparse.ArgumentParser:
         "split",
         run_split,
         "make a data set with few masks from a fully annotated one",
-        "nnunet_ssl split -d 4 -o 104 --labeled 4 --draw 0 --test 40",
+        "nnunet_ssl split -d 4 -o 104 --labeled 4 --test 40",
     )
     sub.add_argument("-d", required=True, metavar="ID", help="the fully annotated data set")
     sub.add_argument("-o", required=True, type=int, metavar="NEWID", help="id of the new data set")
     sub.add_argument("--labeled", required=True, type=int, metavar="N", help="cases keeping masks")
-    order = sub.add_mutually_exclusive_group()
-    order.add_argument("--draw", type=int, metavar="K", help="seed of a random order of the cases")
-    order.add_argument("--list", metavar="FILE", help="order of the cases, one name a line")
+    sub.add_argument("--list", metavar="FILE", help="order of the cases, one name a line")
+    sub.add_argument(
+        "--draw",
+        type=int,
+        default=0,
+        metavar="K",
+        help="0: the order as it is (default); above 0: seed of a shuffle",
+    )
     sub.add_argument(
         "--test", metavar="N|FILE", help="last N cases, or those named in FILE, become a test set"
+    )
+    sub.add_argument(
+        "--groups",
+        metavar="FILE",
+        help="CSV case,group: numbers count groups (patients), which stay whole",
     )
     sub.add_argument("--copy", action="store_true", help="copy files instead of linking them")
 
@@ -359,7 +369,7 @@ def describe_trainer(name: str, cls: Any) -> str:
 
 def run_split(args: argparse.Namespace) -> None:
     """Make the data set and say what comes next."""
-    from nnunet_ssl.planning.splits import split_dataset
+    from nnunet_ssl.planning.splits import read_groups, split_dataset
 
     split_dataset(
         dataset_id(args.d),
@@ -368,6 +378,7 @@ def run_split(args: argparse.Namespace) -> None:
         draw=args.draw,
         list_file=Path(args.list) if args.list else None,
         test=int(args.test) if args.test and args.test.isdigit() else args.test and Path(args.test),
+        groups=read_groups(Path(args.groups)) if args.groups else None,
         copy=args.copy,
     )
     print(f"Next: nnunet_ssl plan_and_preprocess -d {args.o} -c 2d 3d_fullres")
@@ -505,7 +516,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Hand over to the data set's script."""
-    from nnunet_ssl import dataset_conversion
+    from nnunet_ssl import dataset_conversion  # type: ignore[attr-defined]  # mapped by setup.py
 
     return dataset_conversion.main(args.raw)
 

@@ -1,10 +1,12 @@
 """Cross-validation splits for few annotated cases, and data sets with few annotated cases."""
 
+import csv
 import json
 import os
 import random
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
@@ -124,13 +126,14 @@ def _as_sets(fold: Mapping[str, list[str]]) -> tuple[set[str], set[str]]:
 
 
 def split_dataset(
-    dataset_id: int,
+    source: int | Path,
     new_id: int,
     *,
     labeled: int,
-    draw: int | None = None,
+    draw: int = 0,
     list_file: Path | None = None,
     test: int | Path | None = None,
+    groups: Mapping[str, str] | None = None,
     hidden_folder: Path | None = None,
     copy: bool = False,
     name: str | None = None,
@@ -140,15 +143,18 @@ def split_dataset(
     The order of the cases is that of `list_file`, else by name. Test cases leave it first; a draw
     then shuffles the rest, so that all draws share their test cases. The first `labeled` cases
     keep their masks, the images of the others go to imagesUn. Cases that a list does not name are
-    left out.
+    left out. With groups (scans of one patient) all this counts and moves whole groups, in the
+    order of their first cases.
 
     Args:
-        dataset_id: fully annotated data set.
+        source: fully annotated data set, its id or its folder.
         new_id: free id, 1-999.
-        labeled: cases that keep their mask.
-        draw: seed of the shuffle; None keeps the order.
+        labeled: cases (groups) that keep their mask.
+        draw: 0 keeps the order, K > 0 is the seed of a shuffle.
         list_file: one case per line; empty lines and `#` comments do not count.
-        test: test cases, as a number (the last ones of the order) or a file like `list_file`.
+        test: test cases, as a number of cases (groups; the last ones of the order) or a file like
+            `list_file`.
+        groups: case -> group, for every case of the order.
         hidden_folder: where test cases and hidden masks go, outside every nnU-Net folder; default
             `<parent of nnUNet_raw>/nnunet_ssl_heldout/<new name>`.
         copy: copy files instead of linking to them.
@@ -158,43 +164,22 @@ def split_dataset(
         The new raw folder. Its split.json tells where every case came from and went.
 
     Raises:
-        UserError: bad id, number, list or folder; nothing is written then.
+        UserError: bad id, number, list, group or folder; nothing is written then.
     """
     raw_root = environment_folder("nnUNet_raw")
     if not 1 <= new_id <= 999:
         raise UserError(f"New id {new_id} is not between 1 and 999. Give another with -o.")
-    source_folder = find_raw_dataset(dataset_id)
-    unmasked = source_folder / "imagesUn"
-    if unmasked.is_dir() and any(unmasked.iterdir()):
-        raise UserError(
-            f"{unmasked} holds scans without masks; a fully annotated data set is needed. Move "
-            f"them away or split another data set."
-        )
-    source = read_raw_dataset(source_folder, unlabeled=False)
+    raw = read_annotated(find_raw_dataset(source) if isinstance(source, int) else Path(source))
+    source_folder = raw.folder
     _check_id_free(new_id)
 
-    order = _read_names(list_file, source) if list_file else sorted(source.labeled)
-    if isinstance(test, int):
-        if not 0 <= test < len(order):
-            raise UserError(
-                f"--test {test} is not between 0 and {len(order) - 1}; there are {len(order)} "
-                f"cases. Give another number."
-            )
-        test_cases = order[len(order) - test :]
-    else:
-        test_cases = _read_names(test, source) if test else []
-    rest = [case for case in order if case not in set(test_cases)]
-    if draw is not None:
-        random.Random(draw).shuffle(rest)
-    if not 1 <= labeled <= len(rest):
-        raise UserError(
-            f"--labeled {labeled} is not between 1 and {len(rest)}: of {len(order)} cases, "
-            f"{len(order) - len(rest)} are for testing. Give another number."
-        )
-    keep, hide = rest[:labeled], rest[labeled:]
+    order = read_case_list(list_file, raw) if list_file else sorted(raw.labeled)
+    chosen = read_case_list(test, raw) if isinstance(test, Path) else test or 0
+    rest, test_cases = take_test(order, chosen, groups)
+    keep, hide = draw_labeled(rest, labeled, draw, groups)
 
-    stem = name or source_folder.name.split("_", 1)[1]
-    drawn = "" if draw is None else f"_draw{draw}"
+    stem = name or source_folder.name.split("_", 1)[-1]
+    drawn = f"_draw{draw}" if draw else ""
     new_name = f"Dataset{new_id:03d}_{stem}_{labeled}labeled{drawn}"
     target = raw_root / new_name
     if hidden_folder is None:
@@ -202,9 +187,9 @@ def split_dataset(
     hidden = Path(hidden_folder).resolve()
     _check_outside(hidden)
 
-    new_json = {k: v for k, v in source.dataset_json.items() if k != "dataset"}
+    new_json = {k: v for k, v in raw.dataset_json.items() if k != "dataset"}
     new_json["numTraining"] = len(keep)
-    unused = sorted(set(source.labeled) - {*keep, *hide, *test_cases})
+    unused = sorted(set(raw.labeled) - {*keep, *hide, *test_cases})
     provenance = {
         "source": source_folder.name,
         "order": str(list_file) if list_file else "by name",
@@ -215,25 +200,14 @@ def split_dataset(
         "test": test_cases,
         "unused": unused,
     }
-    parts = [f.with_name(f".{f.name}.part") for f in (target, hidden)]
-    try:
-        for part in parts:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        new, held = parts
-        _place(source, keep, new / "imagesTr", new / "labelsTr", copy)
-        _place(source, hide, new / "imagesUn", held / "hidden_labels", copy)
-        _place(source, test_cases, held / "test_images", held / "test_labels", copy)
+    if groups:
+        provenance["groups"] = {c: groups[c] for c in [*keep, *hide, *test_cases]}
+    with atomic_folders(hidden, target) as (held, new):
+        place_cases(raw, keep, new / "imagesTr", new / "labelsTr", copy)
+        place_cases(raw, hide, new / "imagesUn", held / "hidden_labels", copy)
+        place_cases(raw, test_cases, held / "test_images", held / "test_labels", copy)
         write_json(new_json, new / "dataset.json")
         write_json(provenance, new / "split.json")
-        os.replace(held, hidden)
-        os.replace(new, target)
-    except BaseException as error:
-        for folder in parts if target.exists() else [*parts, hidden]:
-            shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(explain_os_error(error, error.filename or target)) from error
-        raise
     print(
         f"{target}: {len(keep)} annotated, {len(hide)} without masks, {len(test_cases)} for "
         f"testing, {len(unused)} unused. Test cases and hidden masks: {hidden}"
@@ -241,6 +215,150 @@ def split_dataset(
     if not hide:
         print("NOTE: no case is left for imagesUn; this is a data set for supervised training.")
     return target
+
+
+def read_annotated(folder: Path) -> RawDataset:
+    """Read the file lists of a fully annotated data set.
+
+    Raises:
+        UserError: it holds scans without masks, or as `read_raw_dataset`.
+    """
+    unmasked = folder / "imagesUn"
+    if unmasked.is_dir() and any(unmasked.iterdir()):
+        raise UserError(
+            f"{unmasked} holds scans without masks; a fully annotated data set is needed. Move "
+            f"them away or split another data set."
+        )
+    return read_raw_dataset(folder, unlabeled=False)
+
+
+def take_test(
+    order: Sequence[str], test: int | Sequence[str], groups: Mapping[str, str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Part the order into training cases and test cases.
+
+    Args:
+        order: case names.
+        test: number of cases (groups) at the end of the order, or names, also of cases outside it.
+        groups: case -> group, for every case of the order.
+
+    Raises:
+        UserError: number too large, a case without group, or a group on both sides.
+    """
+    members = _members(order, groups)
+    what = "groups" if groups else "cases"
+    if isinstance(test, int):
+        if not 0 <= test < len(members):
+            raise UserError(
+                f"--test {test} is not between 0 and {len(members) - 1}; there are {len(members)} "
+                f"{what}. Give another number."
+            )
+        last = list(members.values())[len(members) - test :]
+        chosen = [case for group in last for case in group]
+    else:
+        chosen = list(test)
+    tested = set(chosen)
+    for group, cases in members.items():
+        inside = [c for c in cases if c in tested]
+        if inside and len(inside) < len(cases):
+            outside = next(c for c in cases if c not in tested)
+            raise UserError(
+                f"The test cases part group {group}: {inside[0]} is one, {outside} is not. Take "
+                f"both or none."
+            )
+    return [c for c in order if c not in tested], chosen
+
+
+def draw_labeled(
+    rest: Sequence[str], labeled: int, draw: int, groups: Mapping[str, str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Part the training cases into those that keep their mask and those that lose it.
+
+    Args:
+        rest: training cases in order.
+        labeled: cases (groups) that keep their mask, from the start of the drawn order.
+        draw: 0 keeps the order, K > 0 is the seed of a shuffle.
+        groups: case -> group, for every case.
+
+    Raises:
+        UserError: number too large or not above 0, negative draw, or a case without group.
+    """
+    if draw < 0:
+        raise UserError(f"--draw {draw} is below 0. Give 0 for the order as it is, or a seed.")
+    members = list(_members(rest, groups).values())
+    if draw:
+        random.Random(draw).shuffle(members)
+    if not 1 <= labeled <= len(members):
+        raise UserError(
+            f"--labeled {labeled} is not between 1 and {len(members)}, the number of "
+            f"{'groups' if groups else 'cases'} that are not for testing. Give another number."
+        )
+    return (
+        [case for group in members[:labeled] for case in group],
+        [case for group in members[labeled:] for case in group],
+    )
+
+
+def _members(order: Sequence[str], groups: Mapping[str, str] | None) -> dict[str, list[str]]:
+    """Group -> its cases, groups in the order of their first cases; each its own without groups."""
+    members: dict[str, list[str]] = {}
+    for case in order:
+        if groups and case not in groups:
+            raise UserError(f"Case {case} has no group. Add it to the table of groups.")
+        members.setdefault(groups[case] if groups else case, []).append(case)
+    return members
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """Read a table of groups, CSV with the columns `case` and `group`.
+
+    Raises:
+        UserError: unreadable, a column missing, a case twice or without group.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"Cannot read the groups {path}: {error}. Check the path.") from error
+    groups: dict[str, str] = {}
+    for number, row in enumerate(rows, start=2):
+        case, group = ((row.get(column) or "").strip() for column in ("case", "group"))
+        if not case or not group:
+            raise UserError(
+                f"{path}, line {number}: needs a case and its group. Write a first line "
+                f"'case,group' and then one case a line."
+            )
+        if case in groups:
+            raise UserError(f"{path}, line {number}: names {case} twice. Remove one line.")
+        groups[case] = group
+    if not groups:
+        raise UserError(f"{path} names no case. Write 'case,group' and then one case a line.")
+    return groups
+
+
+@contextmanager
+def atomic_folders(*targets: Path) -> Iterator[list[Path]]:
+    """Yield an empty folder `.<name>.part` for each target; all take their places at the end.
+
+    Raises:
+        UserError: disk full or not writable; no target is left then.
+    """
+    parts = [target.with_name(f".{target.name}.part") for target in targets]
+    moved: list[Path] = []
+    try:
+        for part in parts:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        yield parts
+        for part, target in zip(parts, targets, strict=True):
+            os.replace(part, target)
+            moved.append(target)
+    except BaseException as error:
+        for folder in (*parts, *moved):
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(explain_os_error(error, error.filename or targets[-1])) from error
+        raise
 
 
 def _check_id_free(new_id: int) -> None:
@@ -263,7 +381,12 @@ def _check_outside(hidden: Path) -> None:
             )
 
 
-def _read_names(path: Path, source: RawDataset) -> list[str]:
+def read_case_list(path: Path, source: RawDataset) -> list[str]:
+    """Read case names, one a line; empty lines and `#` comments do not count.
+
+    Raises:
+        UserError: unreadable, empty, a name twice, or a case that the data set does not hold.
+    """
     try:
         lines = [line.strip() for line in Path(path).read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -283,7 +406,9 @@ def _read_names(path: Path, source: RawDataset) -> list[str]:
     return names
 
 
-def _place(source: RawDataset, cases: Sequence[str], images: Path, masks: Path, copy: bool) -> None:
+def place_cases(
+    source: RawDataset, cases: Sequence[str], images: Path, masks: Path, copy: bool = False
+) -> None:
     """Link or copy images and masks of the cases under nnU-Net's names."""
     if not cases:
         return

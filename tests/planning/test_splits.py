@@ -9,7 +9,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.planning import splits as module
-from nnunet_ssl.planning.splits import ensure_splits, make_splits, split_dataset
+from nnunet_ssl.planning.splits import ensure_splits, make_splits, read_groups, split_dataset
 
 # --- folds --------------------------------------------------------------------------------------
 
@@ -170,16 +170,76 @@ def test_split_by_list_with_test_file(source, roots, tmp_path):
     assert copied.read_bytes() == (source / "imagesTr" / "tr_002_0000.nii.gz").read_bytes()
 
 
-def test_draws_are_seeded_differ_and_share_their_test_cases(source, roots):
-    first = split_dataset(901, 902, labeled=4, draw=0, test=3)
-    assert first.name == "Dataset902_Toy_4labeled_draw0"
-    other = split_dataset(901, 903, labeled=4, draw=1, test=3)
-    again = split_dataset(901, 904, labeled=4, draw=0, test=3)
-    more = split_dataset(901, 905, labeled=5, draw=0, test=3)
+def test_draws_are_seeded_differ_and_share_their_test_cases(source, roots, tmp_path):
+    first = split_dataset(901, 902, labeled=4, draw=1, test=3)
+    assert first.name == "Dataset902_Toy_4labeled_draw1"
+    other = split_dataset(901, 903, labeled=4, draw=2, test=3)
+    again = split_dataset(901, 904, labeled=4, draw=1, test=3)
+    more = split_dataset(901, 905, labeled=5, draw=1, test=3)
     a, b, c, d = (json.loads((f / "split.json").read_text()) for f in (first, other, again, more))
     assert a["labeled"] == c["labeled"] != b["labeled"]
     assert d["labeled"][:4] == a["labeled"]  # more labels extend fewer
     assert a["test"] == b["test"] == ["tr_007", "tr_008", "tr_009"]
+
+    order = tmp_path / "train.list"
+    order.write_text("tr_005\ntr_003\ntr_001\ntr_004\n")
+    zero = split_dataset(source, 906, labeled=2, draw=0, list_file=order, test=1)  # by folder
+    assert zero.name == "Dataset906_Toy_2labeled"
+    split = json.loads((zero / "split.json").read_text())
+    assert (split["labeled"], split["unlabeled"]) == (["tr_005", "tr_003"], ["tr_001"])
+
+
+@pytest.mark.parametrize("draw", [0, 1, 2, 3])
+def test_groups_are_counted_and_stay_whole(source, roots, draw):
+    groups = {f"tr_{i:03d}": f"patient{i // 2}" for i in range(10)}
+    new = split_dataset(901, 902, labeled=2, draw=draw, test=1, groups=groups)
+    split = json.loads((new / "split.json").read_text())
+    assert split["test"] == ["tr_008", "tr_009"]
+    assert (len(split["labeled"]), len(split["unlabeled"])) == (4, 4)
+    sides = [{groups[c] for c in split[side]} for side in ("labeled", "unlabeled", "test")]
+    assert sum(map(len, sides)) == 5 == len(set.union(*sides))
+    for side in ("labeled", "unlabeled"):  # scans of a patient keep their order
+        names = split[side]
+        assert all(a < b for a, b in zip(names[::2], names[1::2], strict=True))
+    assert (draw == 0) == (split["labeled"] == ["tr_000", "tr_001", "tr_002", "tr_003"])
+
+
+def test_groups_that_do_not_fit(source, roots, tmp_path):
+    groups = {f"tr_{i:03d}": f"patient{i // 2}" for i in range(10)}
+    test = tmp_path / "test.list"
+    test.write_text("tr_003\n")
+    with pytest.raises(UserError, match="part group patient1: tr_003 is one, tr_002 is not"):
+        split_dataset(901, 902, labeled=1, test=test, groups=groups)
+    with pytest.raises(UserError, match="between 1 and 5, the number of groups"):
+        split_dataset(901, 902, labeled=6, groups=groups)
+    with pytest.raises(UserError, match="between 0 and 4; there are 5 groups"):
+        split_dataset(901, 902, labeled=1, test=5, groups=groups)
+    del groups["tr_006"]
+    with pytest.raises(UserError, match="Case tr_006 has no group"):
+        split_dataset(901, 902, labeled=1, groups=groups)
+    untouched(roots)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("case,group\na,1\na,2\n", "line 3: names a twice. Remove one"),
+        ("case,patient\na,1\n", "line 2: needs a case and its group. Write a first line"),
+        ("case,group\n", "names no case"),
+        (None, "Cannot read the groups .*groups.csv.*Check the path"),
+    ],
+)
+def test_bad_table_of_groups(tmp_path, content, words):
+    path = tmp_path / "groups.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        read_groups(path)
+
+
+def test_table_of_groups(tmp_path):
+    (tmp_path / "groups.csv").write_text("case,group\na, p 1 \nb,p 1\nc,2\n")
+    assert read_groups(tmp_path / "groups.csv") == {"a": "p 1", "b": "p 1", "c": "2"}
 
 
 def test_split_data_set_can_be_planned(source, roots):
@@ -203,7 +263,11 @@ def test_all_cases_may_keep_their_masks(source, roots, capsys):
     [
         ({"labeled": 0}, "--labeled 0 is not between 1 and 10"),
         ({"labeled": 11}, "--labeled 11 is not between 1 and 10"),
-        ({"labeled": 7, "test": 4}, "between 1 and 6: of 10 cases, 4 are for testing"),
+        (
+            {"labeled": 7, "test": 4},
+            "between 1 and 6, the number of cases that are not for testing",
+        ),
+        ({"labeled": 1, "draw": -1}, "--draw -1 is below 0. Give 0 for the order as it is"),
         ({"labeled": 1, "test": 10}, "--test 10 is not between 0 and 9; there are 10 cases"),
         ({"labeled": 1, "new_id": 1000}, "New id 1000 is not between 1 and 999"),
         ({"labeled": 1, "new_id": 901}, "Id 901 is taken by .*Dataset901_Toy.*another with -o"),
