@@ -52,7 +52,8 @@ from nnunet_ssl.functional import (
 )
 from nnunet_ssl.history import LOG_NAME, PLOT_NAME, History, Meter
 from nnunet_ssl.io import explain_os_error
-from nnunet_ssl.modules import class_shares
+from nnunet_ssl.modules import Tapped, class_shares, tapped_forward
+from nnunet_ssl.modules.tap import UNETS
 from nnunet_ssl.version import check_nnunet_version
 
 check_nnunet_version()
@@ -61,6 +62,7 @@ Terms = dict[str, Tensor]
 GRADIENT_CLIP = 12  # nnU-Net's, per module
 # a class whose share among pseudo-labels is under this part of its share among labels is lost
 COLLAPSE_RATIO = 0.05
+UNET_NAMES = tuple(cls.__name__ for cls in UNETS)
 
 NNUNET_SETTINGS = (
     "num_epochs",
@@ -121,6 +123,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     deploys_stock: ClassVar[bool] = True
     uses_unlabeled: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
+    needs_unet: ClassVar[bool] = False  # taps features, or builds the other architecture
     twin: ClassVar[str] = "SSLTrainerSupervised"  # with the settings that make it comparable
     views: ClassVar[tuple[str, ...]] = ()  # further views of unlabelled patches, see data.views
     meta: ClassVar[tuple[str, ...]] = ()  # values per sample, see data.loader.META
@@ -244,6 +247,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "region-based training": labels.has_regions and not cls.supports_regions,
             "the ignore label": labels.has_ignore_label and not cls.supports_ignore,
             f"{dimension} configurations": dimension not in cls.dims,
+            f"the network {config.network_arch_class_name}": (
+                cls.needs_unet
+                and config.network_arch_class_name.rpartition(".")[2] not in UNET_NAMES
+            ),
         }
         for feature, present in problems.items():
             if present:
@@ -266,6 +273,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.teacher = self.companions["teacher"] = self.new_network().requires_grad_(False)
             self._set_deep_supervision(self.teacher, False)
         self.companions.to(self.device)
+        self._tapped_forward = (
+            torch.compile(tapped_forward) if self._do_i_compile() else tapped_forward
+        )
         self._masked_loss = self._build_masked_loss()
         self._phases = list(self.phases())
         for phase in self._phases:
@@ -389,6 +399,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Tell whether unlabelled patches are needed at this progress; if not, none are loaded."""
         return self.uses_unlabeled
 
+    def parts(self) -> dict[str, nn.Module]:
+        """Return by name the single networks that a trained network of several consists of."""
+        return {}
+
     def deployed_network(self) -> nn.Module:
         """Return the network that is validated, saved as `network_weights` and predicts."""
         return self.teacher if self.deploy == "teacher" else self.network
@@ -443,6 +457,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             momentum=0.99,
             nesterov=True,
         )
+
+    def tap(self, network: nn.Module, x: Tensor) -> Tapped:
+        """Run a plan's U-Net and return its output with its features; for `needs_unet` methods."""
+        return self._tapped_forward(network, x)
 
     @torch.no_grad()
     def teacher_prob(self, x: Tensor) -> Tensor:
@@ -694,15 +712,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @contextmanager
     def _in_place_of_student(self, network: nn.Module) -> Iterator[None]:
         """Put a network where nnU-Net looks for its own, with nnU-Net's deep supervision."""
-        student = self.network
+        trained = self.network
+        apart = all(network is not m for m in trained.modules())  # a teacher, not a part
         self.network = network
         try:
-            if network is not student:
+            if apart:
                 self._set_deep_supervision(network, self.enable_deep_supervision)
             yield
         finally:
-            self.network = student
-            if network is not student:
+            self.network = trained
+            if apart:
                 self._set_deep_supervision(network, False)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -729,7 +748,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return result
 
     def _scored_networks(self) -> dict[str, nn.Module]:
-        networks = {"student": self.network}
+        networks = self.parts() or {"student": self.network}
         if self.teacher is not None:
             networks["teacher"] = self.teacher
         if all(self.deployed_network() is not n for n in networks.values()):
@@ -1023,6 +1042,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 "trainer": type(self).__name__,
                 "deploy": self.deploy,
                 "student": self.network.state_dict(),
+                "parts": {k: m.state_dict() for k, m in self.parts().items()},
                 "companions": {k: m.state_dict() for k, m in self.companions.items()},
                 "optimizers": {
                     p.name: p.optimizer.state_dict()

@@ -141,6 +141,7 @@ def stored_networks(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]
         )
     state = checkpoint["ssl_state"]
     networks = {"student": state["student"], "teacher": state["companions"].get("teacher")}
+    networks |= state.get("parts", {})  # where the trained network consists of several
     return {name: weights for name, weights in networks.items() if weights is not None}
 
 

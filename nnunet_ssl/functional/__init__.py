@@ -12,6 +12,7 @@ from nnunet_ssl.functional.augment import (
     random_rot90,
     strong_intensity,
 )
+from nnunet_ssl.functional.cached import cached_gradients
 from nnunet_ssl.functional.components import largest_component, largest_component_regions
 from nnunet_ssl.functional.consistency import prob_mse, sigmoid_mse, softmax_mse
 from nnunet_ssl.functional.ema import ema_decay_at, ema_update
@@ -24,6 +25,7 @@ __all__ = [
     "add_noise",
     "apply_flips",
     "apply_rot90",
+    "cached_gradients",
     "confidence",
     "deep_supervised",
     "downsample",

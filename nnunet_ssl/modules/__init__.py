@@ -1,6 +1,18 @@
 """Parts of methods that learn or remember; their state goes into the checkpoint."""
 
 from nnunet_ssl.modules.brake import ClassBrake, class_shares
+from nnunet_ssl.modules.networks import MeanOfNetworks, linked_prob, other_network
+from nnunet_ssl.modules.tap import Tapped, decode, tapped_forward
 from nnunet_ssl.modules.thresholds import ClassThresholds
 
-__all__ = ["ClassBrake", "ClassThresholds", "class_shares"]
+__all__ = [
+    "ClassBrake",
+    "ClassThresholds",
+    "MeanOfNetworks",
+    "Tapped",
+    "class_shares",
+    "decode",
+    "linked_prob",
+    "other_network",
+    "tapped_forward",
+]

@@ -26,6 +26,8 @@ FULL = {
     "SSLTrainerBCP": "+pretrain=0",
 }
 # no unlabelled weight: the twin's step
+# times the twin's memory, where it is more than 1.25
+MEMORY: dict[str, float] = {}
 NONE = {
     "SSLTrainer": "+unsup_weight=0",
     "SSLTrainerMeanTeacher": "+consistency_weight=0",
@@ -57,17 +59,29 @@ def test_stock_finder_finds_it_and_the_same_class_each_time(name, nnunet):
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 @pytest.mark.parametrize("dataset", TOYS)
 @pytest.mark.parametrize("name", SEMI)
-def test_full_step_trains_student_alone_and_moves_the_teacher(
+def test_full_step_trains_what_is_declared_and_moves_the_teacher(
     name, dataset, configuration, make_trainer, monkeypatch
 ):
+    cls = trainer_classes()[name]
+    options = TOYS[dataset]
+    refused = (options.get("regions") and not cls.supports_regions) or (
+        "3d" if configuration.startswith("3d") else "2d"
+    ) not in cls.dims
+    if refused:
+        with pytest.raises(NotImplementedError, match=name):
+            make_trainer(name + FULL[name], dataset, configuration)
+        return
     trainer = start(make_trainer(name + FULL[name], dataset, configuration))
+    trained = [m for phase in trainer._phases for m in phase.modules]
+    still = [m for m in trainer.companions.values() if all(m is not t for t in trained)]
     batch = next(trainer.dataloader_train)
     seen = []
     monkeypatch.setattr(
         trainer, "after_step", lambda observed: seen.append(copy.deepcopy(dict(observed)))
     )
-    before_student, before_teacher = parameters(trainer.student), parameters(trainer.teacher)
+    before, before_still = [parameters(m) for m in trained], [parameters(m) for m in still]
     unsup_only = {}
+    reached = set()
 
     from nnunet_ssl.data.batch import Batch
 
@@ -76,24 +90,31 @@ def test_full_step_trains_student_alone_and_moves_the_teacher(
         for key, value in terms.items():
             assert key.startswith(("sup", "unsup"))
             assert torch.isfinite(value), key
-            if key.startswith("unsup"):
-                assert value.item() != 0
+            if not value.requires_grad:
+                continue
+            for i, module in enumerate(trained):
                 grads = torch.autograd.grad(
-                    value, list(trainer.student.parameters()), allow_unused=True, retain_graph=True
+                    value, list(module.parameters()), allow_unused=True, retain_graph=True
                 )
-                unsup_only[key] = sum(g.abs().sum().item() for g in grads if g is not None)
-    assert unsup_only and all(v > 0 for v in unsup_only.values())
+                size = sum(g.abs().sum().item() for g in grads if g is not None)
+                if size > 0:
+                    reached.add(i)
+                    if key.startswith("unsup"):
+                        unsup_only[key] = unsup_only.get(key, 0) + size
+    assert unsup_only, "no unlabelled term has a gradient"
+    assert reached == set(range(len(trained))), "a trained module gets no gradient"
 
     trainer.train_step(batch)
     assert seen, "after_step is called once a step"
-    assert any(
-        not torch.equal(a, b)
-        for a, b in zip(before_student, parameters(trainer.student), strict=True)
-    )
-    assert all(p.grad is None for p in trainer.companions.parameters())
-    for a, b in zip(before_teacher, parameters(trainer.teacher), strict=True):
-        assert torch.equal(a, b)  # until after_step
+    for module, old in zip(trained, before, strict=True):
+        assert any(not torch.equal(a, b) for a, b in zip(old, parameters(module), strict=True))
+    for module, old in zip(still, before_still, strict=True):
+        assert all(p.grad is None for p in module.parameters())
+        for a, b in zip(old, parameters(module), strict=True):
+            assert torch.equal(a, b)  # until after_step
 
+    if trainer.teacher is None:
+        return
     expected = copy.deepcopy(trainer.teacher)
     monkeypatch.undo()
     trainer.step = 1
@@ -144,13 +165,14 @@ def test_twin_steps_like_stock_nnunet(dataset, make_trainer):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_checkpoint_predicts_as_stock_network(name, make_trainer, tmp_path):
+def test_checkpoint_predicts_as_declared(name, make_trainer, tmp_path):
     trainer = make_trainer(name)
     trainer.run_training()
     folder = Path(trainer.output_folder)
     saved = torch.load(folder / "checkpoint_final.pth", weights_only=False)
-    assert saved["trainer_name"] == "nnUNetTrainer"
-    stock = nnUNetTrainer.build_network_architecture(
+    builder = nnUNetTrainer if trainer.deploys_stock else type(trainer)
+    assert saved["trainer_name"] == builder.__name__
+    stock = builder.build_network_architecture(
         trainer.plans_manager,
         trainer.configuration_manager,
         trainer.num_input_channels,
@@ -160,7 +182,7 @@ def test_checkpoint_predicts_as_stock_network(name, make_trainer, tmp_path):
     stock.load_state_dict(saved["network_weights"], strict=True)
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(folder.parent), ("all",))
-    deployed = trainer.teacher if trainer.deploy == "teacher" else trainer.student
+    deployed = trainer.teacher if trainer.deploy == "teacher" else trainer.network
     for key, value in deployed.state_dict().items():
         assert torch.equal(predictor.network.state_dict()[key], value)
     x = torch.randn(1, trainer.num_input_channels, 16, 32, 32)
@@ -197,7 +219,7 @@ def test_killed_after_two_epochs_and_continued_is_bit_exact(
     assert continued.current_epoch == 2
     continued.run_training()
 
-    for module in ("student", "companions"):
+    for module in ("network", "companions"):
         a, b = getattr(whole, module).state_dict(), getattr(continued, module).state_dict()
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), module
@@ -263,7 +285,7 @@ def test_memory_stays_near_the_supervised_run(name, make_trainer):
         alive = {"now": 0, "peak": 0}
         parameter_storages = {
             p.untyped_storage().data_ptr()
-            for m in (trainer.student, trainer.companions)
+            for m in (trainer.network, trainer.companions)
             for p in m.parameters()
         }
         counts: dict[int, int] = {}
@@ -298,4 +320,4 @@ def test_memory_stays_near_the_supervised_run(name, make_trainer):
 
     supervised = peak(planned(make_trainer("SSLTrainerSupervised")))
     assert supervised > 0
-    assert peak(planned(make_trainer(name + FULL[name]))) <= 1.25 * supervised
+    assert peak(planned(make_trainer(name + FULL[name]))) <= MEMORY.get(name, 1.25) * supervised

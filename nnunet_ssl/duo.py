@@ -1,0 +1,70 @@
+"""Methods that train two different networks and predict with the mean of both."""
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_ssl.base import Phase, SemiSupervisedTrainer
+from nnunet_ssl.modules import MeanOfNetworks, other_network
+
+
+class TwoNetworkTrainer(SemiSupervisedTrainer):
+    """Trains the plan's network beside the other architecture of the same plan.
+
+    The trained, saved and predicting network is a `MeanOfNetworks`: `student` is the plan's own
+    network, `peer` the other one. Methods call these two; prediction needs this package, unless
+    `nnunet_ssl export --network student` takes the student alone.
+    """
+
+    link: ClassVar[Literal["softmax", "dirichlet"]] = "softmax"  # what the logits stand for
+    deploys_stock: ClassVar[bool] = False
+    needs_unet: ClassVar[bool] = True
+    networks: ClassVar[str] = "PlainConvUNet, ResidualEncoderUNet"
+    twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=None+deploy=student"
+
+    deploy: Literal["student"] = "student"
+    ema_decay: None = None
+
+    @classmethod
+    def build_network_architecture(  # type: ignore[override]
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build both networks; nnU-Net's predictor calls this as well."""
+        size = num_input_channels, num_output_channels, enable_deep_supervision
+        return MeanOfNetworks(
+            nnUNetTrainer.build_network_architecture(plans_manager, configuration_manager, *size),
+            other_network(configuration_manager, *size),
+            cls.link,
+        )
+
+    def initialize(self) -> None:
+        """Tell the network whether its channels are regions."""
+        super().initialize()
+        self.network.regions.fill_(self.regions)
+
+    def phases(self) -> list[Phase]:
+        """Return the one update, with gradients clipped for each network by itself."""
+        (phase,) = super().phases()
+        return [replace(phase, modules=[self.student, self.peer, *phase.modules[1:]])]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the two networks."""
+        return {"student": self.student, "peer": self.peer}
+
+    @property
+    def student(self) -> nn.Module:
+        """The plan's own network."""
+        return self.network.a
+
+    @property
+    def peer(self) -> nn.Module:
+        """The network of the other architecture."""
+        return self.network.b
