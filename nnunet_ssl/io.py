@@ -1,7 +1,9 @@
-"""Atomic writes: a reader sees the old file or the whole new one, never a part."""
+"""Files: complete when read, atomic when written (old or whole new, never a part)."""
 
 import errno
+import gzip
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,3 +59,57 @@ def write_text(text: str, path: str | os.PathLike) -> None:
 def write_json(obj: Any, path: str | os.PathLike) -> None:
     """Write `obj` as indented JSON to `path` atomically."""
     write_text(json.dumps(obj, indent=2) + "\n", path)
+
+
+def environment_folder(variable: str) -> Path:
+    """Return the folder that nnU-Net's environment variable names.
+
+    Raises:
+        UserError: the variable is not set.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        raise UserError(
+            f"The environment variable {variable} is not set. Set it to a folder: "
+            f"export {variable}=/path/to/{variable}"
+        )
+    return Path(value)
+
+
+def check_complete(path: str | os.PathLike) -> None:
+    """Read compressed files and NIfTI to the end: SimpleITK silently fills up what is cut off.
+
+    Raises:
+        OSError: the file is cut short or cannot be read (EOFError for cut gzip data).
+    """
+    path = Path(path)
+    with open(path, "rb") as f:
+        compressed = f.read(2) == b"\x1f\x8b"
+    size = 0 if compressed else path.stat().st_size
+    if compressed:
+        with gzip.open(path) as g:
+            while block := g.read(1 << 22):
+                size += len(block)
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        import nibabel
+
+        image: Any = nibabel.load(path)
+        needed = image.dataobj.offset + image.get_data_dtype().itemsize * math.prod(image.shape)
+        if size < needed:
+            raise OSError(f"{size} bytes of {needed} are there")
+
+
+def has_nonfinite_nifti(path: str | os.PathLike) -> bool:
+    """Tell whether a NIfTI file holds NaN or infinity, which ITK silently reads as 0."""
+    path = Path(path)
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        return False
+    import nibabel
+    import numpy as np
+
+    try:
+        image: Any = nibabel.load(path)
+        values = image.dataobj.get_unscaled() if image.get_data_dtype().kind == "f" else 0
+    except Exception:  # odd headers, which nnU-Net's own reader accepted
+        return False
+    return not bool(np.isfinite(values).all())

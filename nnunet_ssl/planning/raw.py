@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import gzip
 import hashlib
 import io
 import json
@@ -11,9 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import nibabel
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -22,24 +19,10 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.io import check_complete, environment_folder, has_nonfinite_nifti
 from nnunet_ssl.planning.workers import Workers
 
 MAX_LISTED = 10  # bad cases named in one message
-
-
-def environment_folder(variable: str) -> Path:
-    """Return the folder that nnU-Net's environment variable names.
-
-    Raises:
-        UserError: the variable is not set.
-    """
-    value = os.environ.get(variable)
-    if not value:
-        raise UserError(
-            f"The environment variable {variable} is not set. Set it to a folder: "
-            f"export {variable}=/path/to/{variable}"
-        )
-    return Path(value)
 
 
 def list_cases(folder: Path, file_ending: str, num_channels: int) -> dict[str, list[Path]]:
@@ -303,7 +286,7 @@ def inspect_case(
     first_spacing: list[float] = []
     for path in paths:  # one by one, to name the file at fault
         array, spacing = _read(path, reader_writer_class)
-        if not np.isfinite(array).all() or _has_nonfinite_nifti(path):
+        if not np.isfinite(array).all() or has_nonfinite_nifti(path):
             raise UserError(f"{path} holds NaN or infinite values. Replace them, e.g. by 0.")
         if arrays:
             _check_geometry(path, array, spacing, paths[0], arrays[0], first_spacing)
@@ -340,7 +323,7 @@ def inspect_case(
 
 def _read(path: Path, reader_writer_class: type[BaseReaderWriter]) -> tuple[np.ndarray, list]:
     try:
-        _check_gzip(path)
+        check_complete(path)
         with silence():
             array, properties = reader_writer_class().read_images([str(path)])
     except MemoryError:
@@ -352,28 +335,6 @@ def _read(path: Path, reader_writer_class: type[BaseReaderWriter]) -> tuple[np.n
             f"export it again."
         ) from error
     return array.astype(np.float32, copy=False), list(properties["spacing"])
-
-
-def _check_gzip(path: Path) -> None:
-    """Decompress to the end: SimpleITK silently fills a truncated .nii.gz with rubbish."""
-    with open(path, "rb") as f:
-        compressed = f.read(2) == b"\x1f\x8b"
-    if compressed:
-        with gzip.open(path) as f:
-            while f.read(1 << 22):
-                pass
-
-
-def _has_nonfinite_nifti(path: Path) -> bool:
-    """Look into the file itself: ITK silently reads NaN and infinity in NIfTI as 0."""
-    if not path.name.endswith((".nii", ".nii.gz")):
-        return False
-    try:
-        image: Any = nibabel.load(path)
-        values = image.dataobj.get_unscaled() if image.get_data_dtype().kind == "f" else 0
-    except Exception:  # odd headers, which nnU-Net's own reader accepted
-        return False
-    return not bool(np.isfinite(values).all())
 
 
 def _check_geometry(
