@@ -1,0 +1,613 @@
+"""One self-contained HTML page from a folder of `nnunet_ssl benchmark` or `compare`.
+
+The folder is read as it is: cells that failed or wait are named, never filled in.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from tqdm import tqdm
+
+from nnunet_ssl.evaluation import figures, statistics
+from nnunet_ssl.evaluation.folder import DICE, METRICS, PERCENT, Metric, Runs
+from nnunet_ssl.evaluation.statistics import Verdict
+from nnunet_ssl.history import read_log
+from nnunet_ssl.io import write_text
+from nnunet_ssl.version import __version__
+
+MOST_POINTS = 100  # of a curve
+MOST_EXAMPLES = 12  # methods times budgets whose images are shown, to keep the page small
+PROTOCOLS = {
+    "raw": "raw: whole images as they come, nothing cut with the help of an annotation",
+    "cropped-literature": "cropped-literature: images cut around the annotation, as much of the "
+    "literature does; scores are not comparable with those on whole images",
+}
+ROLES = {
+    "twin": "supervised twin",
+    "method": "method",
+    "equal_compute": "twin, equal compute",
+    "stock": "stock nnU-Net",
+    "bound": "all annotated",
+}
+MARKS = {  # how a verdict looks: style, sign
+    statistics.HELPED: ("helped", "▲"),
+    statistics.HURT: ("hurt", "▼"),
+    statistics.SAME: ("same", "="),
+    statistics.OPEN: ("open", "?"),
+}
+# Fields that say where a cell ran and not on what: they may differ without any effect.
+PLACES = ("host", "hostname", "node", "pid", "job")
+
+
+def write_report(folder: Path, output: Path) -> None:
+    """Write the page of a folder of runs.
+
+    Args:
+        folder: -o of `nnunet_ssl benchmark` or `compare`; may be unfinished.
+        output: HTML file; one that exists is replaced.
+
+    Raises:
+        UserError: not such a folder, nothing finished yet, or cells that must not stand in one
+            table (several protocols, data sets or sets of test cases).
+    """
+    runs = Runs(Path(folder))
+    environment = Environment(
+        loader=PackageLoader("nnunet_ssl.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"signed": signed, "wrap": wrap}
+    page = environment.get_template("report.html.j2").render(page_of(runs))
+    write_text(page, output)
+
+
+@dataclass
+class Row:
+    """A trainer at one budget."""
+
+    name: str
+    role: str
+    color: str
+    done: list[dict]
+    failed: list[dict]
+    waiting: list[dict]
+    twin: str | None
+    verdict: Verdict | None
+
+
+def rows_of(runs: Runs, budget: tuple[int, str]) -> list[Row]:
+    """All trainers of a budget in the order of the table, the bound last."""
+    rows: dict[tuple[str, str], list[dict]] = {}
+    for cell in runs.info["cells"]:
+        if (cell["budget"], str(cell["budget_name"])) == budget or cell["role"] == "bound":
+            rows.setdefault((cell["role"], cell["name"]), []).append(cell)
+    names = {c["id"]: c["name"] for c in runs.info["cells"]}
+    made = []
+    for (role, name), cells in sorted(rows.items(), key=lambda r: list(ROLES).index(r[0][0])):
+        done = [c for c in cells if c["id"] in runs.by_id]
+        paired = any(c.get("twin") for c in cells)
+        made.append(
+            Row(
+                name=name,
+                role=role,
+                color=color_of(runs, name, role),
+                done=done,
+                failed=[c for c in cells if c["state"] == "failed"],
+                waiting=[c for c in cells if c in runs.waiting],
+                twin=next((names.get(c["twin"]) for c in cells if c.get("twin")), None),
+                verdict=statistics.judge(*runs.unit_differences(done, DICE)) if paired else None,
+            )
+        )
+    return made
+
+
+def color_of(runs: Runs, name: str, role: str) -> str:
+    """The colour a trainer keeps over the whole page; twins are grey."""
+    if role == "twin":
+        return figures.TWIN
+    names = list(dict.fromkeys(c["name"] for c in runs.info["cells"] if c["role"] != "twin"))
+    return figures.COLORS[names.index(name) % len(figures.COLORS)]
+
+
+def page_of(runs: Runs) -> dict[str, Any]:
+    """Everything the template prints."""
+    tables = [(budget, rows_of(runs, budget)) for budget in runs.budgets]
+    return {
+        "info": runs.info,
+        "version": __version__,
+        "protocol": PROTOCOLS.get(runs.info["protocol"], runs.info["protocol"]),
+        "roles": ROLES,
+        "theme": figures.THEME,
+        "rule": statistics.RULE,
+        "folds": runs.folds,
+        "cases": runs.scores["case"].nunique(),
+        "classes": runs.classes,
+        "metrics": [metric_name(runs, metric) for metric in runs.metrics],
+        "done": runs.done,
+        "failed": runs.failed,
+        "waiting": runs.waiting,
+        "describe": lambda cell: describe(runs, cell),
+        "notes": notes(runs, tables),
+        "budgets": [budget_of(runs, budget, rows) for budget, rows in tables],
+        "overview": overview(runs, tables),
+        "examples": examples(runs, tables),
+        "environments": environments(runs),
+    }
+
+
+def budget_of(runs: Runs, budget: tuple[int, str], rows: Sequence[Row]) -> dict[str, Any]:
+    """Verdicts, tables and figures of one budget."""
+    name = annotated(runs, budget)
+    methods = [row for row in rows if row.role == "method"]
+    gains = [(row, runs.case_gains(row.done)) for row in methods]
+    panels = [(row, curve_panels(runs, row, name)) for row in rows if row.role != "bound"]
+    kinds = {row.verdict.kind for row in rows if row.verdict}
+    return {
+        "name": name,
+        "title": f"With {name}",
+        "kind": "differences" if len(kinds) > 1 else next(iter(kinds), ""),
+        "verdicts": [
+            (row, verdict_mark(row.verdict), sentence(runs, row, row.verdict))
+            for row in methods
+            if row.verdict
+        ],
+        "forest": forest(runs, rows, name),
+        "table": [
+            (row, [value_cell(runs, row, m) for m in runs.metrics], gap(runs, row, rows))
+            for row in rows
+        ],
+        "twins": len({row.name for row in rows if row.role == "twin"}) > 1,
+        "bound": any(row.role == "bound" and row.done for row in rows),
+        "per_class": [
+            (
+                metric_name(runs, metric),
+                [
+                    (row, [value_cell(runs, row, metric, c) for c in runs.classes])
+                    for row in rows
+                    if row.done
+                ],
+            )
+            for metric in runs.metrics
+            if len(runs.classes) > 1
+        ],
+        "gains": [
+            (row, figures.gains(f"Gain per case, {name}, {row.name}", gain.to_numpy()), better(gain))
+            for row, gain in gains
+            if len(gain)
+        ],
+        "curves": [(row, made) for row, made in panels if made],
+        "quality": quality(runs, rows, name),
+        "costs": [cost(runs, row) for row in rows if row.done],
+    }
+
+
+def annotated(runs: Runs, budget: tuple[int, str]) -> str:
+    """A budget in words."""
+    number, name = budget
+    cases = plural(number, "annotated case")
+    return f"all {cases}" if name == "all" and number > 1 else cases
+
+
+def verdict_mark(verdict: Verdict) -> dict[str, str]:
+    """The badge of a verdict."""
+    style, sign = MARKS[verdict.outcome]
+    text = verdict.outcome + (", by less than a point" if verdict.small else "")
+    return {"style": style, "sign": sign, "text": text}
+
+
+def sentence(runs: Runs, row: Row, verdict: Verdict) -> str:
+    """What a method did at a budget, in one sentence."""
+    if not verdict.units:
+        return "No run has finished together with its twin."
+    pairs = runs.pairs(row.done)
+    own, twin = (100 * np.mean([runs.score(pair[k], DICE) for pair in pairs]) for k in (0, 1))
+    text = (
+        f"Mean Dice {own:.1f} % against {twin:.1f} % of the twin: "
+        f"{signed(100 * verdict.mean)} points over {plural(verdict.units, verdict.kind[:-1])}"
+    )
+    if not math.isnan(verdict.low):
+        text += f", 95 % interval {signed(100 * verdict.low)} to {signed(100 * verdict.high)}"
+    if verdict.units < statistics.MIN_UNITS:
+        more = statistics.MIN_UNITS - verdict.units
+        return f"{text}. A verdict needs at least {plural(more, verdict.kind[:-1])} more."
+    if verdict.needed is None:
+        return f"{text}."
+    if math.isinf(verdict.needed):
+        return f"{text}. More than {statistics.MOST_UNITS} {verdict.kind} would be needed to tell."
+    return (
+        f"{text}. About {verdict.needed:.0f} {verdict.kind} would tell, if mean and spread stay "
+        "as they are."
+    )
+
+
+def forest(runs: Runs, rows: Sequence[Row], budget: str) -> Markup:
+    """The differences to the twin behind the sentences, and those of the extra rows."""
+    effects = [
+        figures.Effect(
+            row.name,
+            100 * row.verdict.mean,
+            100 * row.verdict.low,
+            100 * row.verdict.high,
+            list(100 * runs.unit_differences(row.done, DICE)[0]),
+        )
+        for row in rows
+        if row.verdict and row.verdict.units
+    ]
+    return figures.forest(f"Gain over the twin, {budget}", effects) if effects else Markup()
+
+
+def value_cell(runs: Runs, row: Row, metric: Metric, name: str | None = None) -> dict[str, str]:
+    """Mean ± sd over runs, difference to the twin with its interval, and what is missing."""
+    scale = 100 if metric[0] in PERCENT else 1
+    decimals = METRICS[metric[0]][1]
+    values = scale * np.array([runs.score(cell, metric, name) for cell in row.done])
+    mean, sd, n = statistics.mean_sd(values)
+    texts = {"value": "–", "difference": "", "missing": ""}
+    if n:
+        texts["value"] = f"{mean:.{decimals}f}" + ("" if n == 1 else f" ± {sd:.{decimals}f}")
+    if row.verdict:
+        units, _ = runs.unit_differences(row.done, metric, name)
+        if len(units):
+            difference, low, high = (scale * v for v in statistics.t_interval(units))
+            texts["difference"] = signed(difference, decimals)
+            if not math.isnan(low):
+                texts["difference"] += f" ({signed(low, decimals)} to {signed(high, decimals)})"
+    scores = runs.scores
+    chosen = scores["cell"].isin([c["id"] for c in row.done])
+    chosen &= (scores["metric"] == metric[0]) & (scores["unit"] == metric[1])
+    if name is not None:
+        chosen &= scores["class"] == name
+    missing = int(scores.loc[chosen, "value"].isna().sum())
+    if missing:
+        texts["missing"] = f"{missing} of {int(chosen.sum())} missing"
+    return texts
+
+
+def gap(runs: Runs, row: Row, rows: Sequence[Row]) -> str:
+    """Share of the gap between twin and all-label bound that a trainer closes."""
+    bound = [runs.score(c, DICE) for r in rows if r.role == "bound" for c in r.done]
+    pairs = runs.pairs(row.done)
+    if not bound or not pairs or not row.verdict:
+        return "–"
+    twin = np.nanmean([runs.score(pair[1], DICE) for pair in pairs])
+    share = statistics.gap_closed(row.verdict.mean, float(twin), float(np.nanmean(bound)))
+    return "–" if math.isnan(share) else f"{signed(100 * share, 0)} %"
+
+
+def metric_name(runs: Runs, metric: Metric) -> dict[str, str]:
+    """Name and unit of a metric."""
+    name, unit = metric
+    if name == "nsd":
+        tolerance = (runs.spec.get("evaluate") or {}).get("tolerance", 1)
+        return {"name": "NSD", "unit": f"%, within {tolerance:g} {unit}"}
+    return {"name": METRICS[name][0], "unit": unit or "%"}
+
+
+def better(gain: pd.Series) -> str:
+    """How many cases gained."""
+    return f"{int((gain > 0).sum())} of {len(gain)} cases better"
+
+
+def curve_panels(runs: Runs, row: Row, budget: str) -> list[Markup]:
+    """Terms, pseudo-label measures and pseudo-Dice of a trainer over its training."""
+    logs = read_logs(runs, row.done)
+    if not logs:
+        return []
+    panels = []
+    for title, group, whole in (
+        ("Loss terms (weighted)", "terms", False),
+        ("Pseudo-labels", "pseudo_labels", True),
+        ("Pseudo-Dice in training", "pseudo_dice", True),
+    ):
+        names = sorted({name for log in logs for record in log for name in record.get(group, {})})
+        lines = [
+            (name, figures.COLORS[k % len(figures.COLORS)], on_grid(logs, group, name))
+            for k, name in enumerate(names)
+        ]
+        if group == "pseudo_dice":
+            twins = read_logs(runs, [twin for _, twin in runs.pairs(row.done)])
+            if twins:
+                lines.append(("twin", figures.TWIN, on_grid(twins, group, None)))
+        lines = [line for line in lines if not np.isnan(line[2]).all()]
+        if lines:
+            panels.append(figures.curves(f"{row.name}, {budget}: {title}", lines, whole=whole))
+    return panels
+
+
+def read_logs(runs: Runs, cells: Sequence[dict]) -> list[list[dict]]:
+    """Logs of the runs that wrote one."""
+    paths = [runs.path(cell.get("ssl_log")) for cell in cells]
+    return [log for path in paths if path is not None and (log := read_log(path))]
+
+
+def on_grid(logs: Sequence[list[dict]], group: str, name: str | None) -> np.ndarray:
+    """Values of a curve, (runs, points): means over equal parts of the training, NaN if missing.
+
+    Vectors are averaged over classes. `name` None takes the first network of the group.
+    """
+    points = min(MOST_POINTS, *(round(len(log) / log[-1]["progress"]) for log in logs))
+    grid = np.full((len(logs), points), math.nan)
+    for k, log in enumerate(logs):
+        parts: list[list[float]] = [[] for _ in range(points)]
+        for record in log:
+            values = record.get(group, {})
+            value = values.get(name) if name else next(iter(values.values()), None)
+            known = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+            if known:
+                part = math.ceil(record["progress"] * points - 1e-9) - 1
+                parts[min(max(part, 0), points - 1)].append(sum(known) / len(known))
+        grid[k] = [np.mean(part) if part else math.nan for part in parts]
+    return grid
+
+
+def quality(runs: Runs, rows: Sequence[Row], budget: str) -> Markup:
+    """Dice of the pseudo-labels against hidden masks over training; empty where not measured."""
+    lines = []
+    for row in rows:
+        tables = []
+        for cell in row.done:
+            path = runs.path(cell.get("pseudo_labels"))
+            if path is not None and path.is_file():
+                table = pd.read_csv(path, dtype={"case": str, "class": str})
+                dice = table[table["metric"] == "dice"]
+                by_class = dice.groupby(["progress", "class"])["value"].mean()
+                tables.append(100 * by_class.groupby("progress").mean())
+        if tables:
+            values = pd.concat(tables, axis=1).dropna(how="all")
+            points = [
+                (100 * float(progress), v.mean(), v.min(), v.max())
+                for progress, v in values.iterrows()
+            ]
+            lines.append((row.name, row.color, points))
+    return figures.quality(f"Pseudo-labels, {budget}", lines) if lines else Markup()
+
+
+def cost(runs: Runs, row: Row) -> dict[str, Any]:
+    """What a run of a trainer takes, mean over its runs."""
+
+    def mean(*keys: str) -> float | None:
+        values = []
+        for cell in row.done:
+            value: Any = cell
+            for key in keys:
+                value = (value or {}).get(key)
+            if value is not None:
+                values.append(float(value))
+        return sum(values) / len(values) if values else None
+
+    ratios = [
+        cell["seconds"]["train"] / twin["seconds"]["train"]
+        for cell, twin in runs.pairs(row.done)
+        if cell["seconds"].get("train") and twin["seconds"].get("train")
+    ]
+    return {
+        "row": row,
+        "train": duration(mean("seconds", "train")),
+        "predict": duration(mean("seconds", "predict")),
+        "evaluate": duration(mean("seconds", "evaluate")),
+        "ratio": f"{np.mean(ratios):.2f} ×" if ratios else "–",
+        "labeled": count(mean("patches", "labeled")),
+        "unlabeled": count(mean("patches", "unlabeled")),
+        "rate": count(mean("patches_per_second")),
+        "gpu": memory(mean("peak_memory_mb", "gpu")),
+        "host": memory(mean("peak_memory_mb", "host")),
+        "step": "–" if (step := mean("step_cost")) is None else f"{step:.3g} ×",
+    }
+
+
+def overview(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) -> Markup:
+    """Dice over annotated cases, where there are several budgets."""
+    if len(tables) < 2:
+        return Markup()
+    lines: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+    bound = []
+    for (number, _), rows in tables:
+        for row in rows:
+            values = [100 * runs.score(cell, DICE) for cell in row.done]
+            mean, sd, n = statistics.mean_sd(values)
+            if row.role == "bound":
+                bound = values
+            elif n:
+                lines.setdefault((row.name, row.color), []).append((number, mean, sd))
+    return figures.dice_by_budget(
+        "Dice by number of annotated cases",
+        [(name, color, points) for (name, color), points in lines.items()],
+        float(np.nanmean(bound)) if bound else None,
+    )
+
+
+def examples(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) -> dict[str, Any]:
+    """Images of the best, the median and the worst case of each method by gain."""
+    images, labels = (runs.path(runs.info["test"][key]) for key in ("images", "labels"))
+    methods = [
+        (annotated(runs, budget), row)
+        for budget, rows in tables
+        for row in rows
+        if row.role == "method" and len(runs.case_gains(row.done))
+    ]
+    told: list[str] = []
+    shown = []
+    if labels is None or not labels.is_dir():
+        told.append(f"No images: the annotations are not there ({labels}).")
+        methods = []
+    if len(methods) > MOST_EXAMPLES:
+        told.append(f"Images of the first {MOST_EXAMPLES} methods and budgets only.")
+    for budget, row in tqdm(methods[:MOST_EXAMPLES], desc="images", disable=not methods):
+        try:
+            shown.append((budget, row, list(example_cases(runs, row, images, labels))))
+        except MissingFileError as error:
+            told.append(f"No images of {row.name}, {budget}: {error}.")
+    return {"shown": shown, "told": told}
+
+
+class MissingFileError(Exception):
+    """A file that the images need is not there, or cannot be read."""
+
+
+def example_cases(
+    runs: Runs, row: Row, images: Path | None, labels: Path | None
+) -> Iterator[dict[str, Any]]:
+    """Yield best, median and worst case by gain, each with its slice."""
+    gain = runs.case_gains(row.done).sort_values(ascending=False, kind="stable")
+    single = [(pair, runs.case_gains(pair[:1])) for pair in runs.pairs(row.done)]
+    known = [name for name in runs.classes if name in runs.info["labels"]]
+    picks = {"Best": 0, "Median": (len(gain) - 1) // 2, "Worst": len(gain) - 1}
+    for title, position in picks.items():
+        if position in list(picks.values())[: list(picks).index(title)]:
+            continue  # fewer than three cases
+        case, mean = str(gain.index[position]), float(gain.iloc[position])
+        # The run that stands closest to the mean over runs shows what the number says.
+        distances = [(abs(own.get(case, math.inf) - mean), k) for k, (_, own) in enumerate(single)]
+        cell, twin = single[min(distances)[1]][0]
+        folders = (labels, runs.path(twin["predictions"]), runs.path(cell["predictions"]))
+        yield {
+            "title": title,
+            "case": case,
+            "gain": mean,
+            "run": describe(runs, cell),
+            "colors": [runs.classes.index(name) for name in known],
+            "slice": slice_of(runs, case, images, [find_file(folder, case) for folder in folders]),
+            "dice": [case_dice(runs, c, case) for c in (twin, cell)],
+        }
+
+
+def find_file(folder: Path | None, case: str) -> Path:
+    """The file of a case, whatever its ending."""
+    if folder is None or not folder.is_dir():
+        raise MissingFileError(f"folder {folder} is not there")
+    found = [p for p in sorted(folder.iterdir()) if p.name.startswith(f"{case}.")]
+    found = [p for p in found if p.suffix not in (".npz", ".pkl", ".json")]
+    if not found:
+        raise MissingFileError(f"{folder} holds no {case}")
+    return found[0]
+
+
+def slice_of(
+    runs: Runs, case: str, images: Path | None, paths: Sequence[Path]
+) -> figures.Slice:
+    """The slice of a case; without its image where that is not there."""
+    ending = paths[0].name[len(case) :]
+    values = [runs.info["labels"][name] for name in runs.classes if name in runs.info["labels"]]
+    try:
+        segmentations = [figures.read_volume(path, ending, True) for path in paths]
+        spacing = segmentations[0][1]
+        image = None
+        if images is not None and (file := images / f"{case}_0000{ending}").is_file():
+            image = figures.read_volume(file, ending, False)[0]
+        return figures.cut(image, [s[0] for s in segmentations], values, spacing)
+    except (RuntimeError, OSError, ValueError, IndexError) as error:
+        raise MissingFileError(f"{case} cannot be read ({error})") from error
+
+
+def case_dice(runs: Runs, cell: dict, case: str) -> str:
+    """Mean Dice of a case in a run."""
+    value = runs.dice_by_cell[cell["id"]][case].mean()
+    return "–" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def notes(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) -> list[str]:
+    """What a reader must know before believing a number."""
+    found = []
+    if len(runs.done) < len(runs.info["cells"]):
+        found.append(
+            f"Not all runs are there: {len(runs.done)} finished, {len(runs.failed)} failed, "
+            f"{len(runs.waiting)} waiting."
+        )
+    if not runs.folds:
+        draws = {c["draw"] for c in runs.done}
+        if len(draws) == 1:
+            found.append(
+                "One draw of annotated cases only: how much depends on which cases were annotated "
+                "is not known."
+            )
+    for budget, rows in tables:
+        cells = [cell for row in rows for cell in row.done]
+        for title, key in (("commits", "commit"), ("versions", "versions"), ("hardware", "hardware")):
+            values = {settled(cell.get(key)) for cell in cells}
+            if len(values) > 1:
+                effect = " Times are not comparable." if key == "hardware" else ""
+                found.append(
+                    f"The runs with {annotated(runs, budget)} come from different {title} "
+                    f"({len(values)}; see Runs below).{effect}"
+                )
+    unknown = [name for name in runs.classes if name not in runs.info["labels"]]
+    if unknown:
+        found.append(f"Classes that the data set does not name: {', '.join(unknown)}.")
+    return found
+
+
+def settled(value: Any) -> str:
+    """A value as text, without what only says where it ran."""
+    if isinstance(value, dict):
+        value = {k: v for k, v in value.items() if k not in PLACES}
+    return json.dumps(value, sort_keys=True)
+
+
+def environments(runs: Runs) -> list[dict[str, Any]]:
+    """Commit, versions and hardware, with the runs that share them."""
+    groups: dict[str, dict[str, Any]] = {}
+    for cell in runs.done:
+        parts = {key: cell.get(key) for key in ("commit", "versions", "hardware")}
+        key = "".join(settled(value) for value in parts.values())
+        groups.setdefault(key, {**parts, "cells": []})["cells"].append(cell)
+    return list(groups.values())
+
+
+def describe(runs: Runs, cell: dict) -> str:
+    """Which run of a trainer a cell is."""
+    if runs.folds:
+        return f"fold {cell['fold']}"
+    return f"draw {cell['draw']}, seed {cell['seed']}"
+
+
+def signed(value: float, decimals: int = 1) -> str:
+    """A number with its sign, and no negative zero."""
+    text = f"{value:+.{decimals}f}"
+    if float(text) == 0:
+        return text[1:]
+    return text.replace("-", "−")
+
+
+def wrap(name: str) -> Markup:
+    """A trainer's name, its settings set apart."""
+    base, *settings = name.split("+")
+    text = Markup("{}").format(base)
+    for setting in settings:
+        text += Markup(' <span class="setting">{}</span>').format(setting)
+    return text
+
+
+def plural(number: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def duration(seconds: float | None) -> str:
+    """A time a reader takes in at once."""
+    if seconds is None:
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def count(number: float | None) -> str:
+    """A number with thousands set apart."""
+    if number is None:
+        return "–"
+    return f"{number:,.0f}".replace(",", " ") if number >= 100 else f"{number:.3g}"
+
+
+def memory(mb: float | None) -> str:
+    """Peak memory."""
+    return "–" if mb is None else f"{mb:.0f} MB" if mb < 1000 else f"{mb / 1024:.1f} GB"
