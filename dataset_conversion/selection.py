@@ -1,0 +1,222 @@
+"""Which cases train, validate and test, and which of them keep their masks."""
+
+import random
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunet_ssl.dataset_conversion.reading import listed, read_list
+from nnunet_ssl.errors import UserError
+
+PARTS = ("train", "val", "test")
+
+
+@dataclass
+class Splits:
+    """Case names, in published order.
+
+    Attributes:
+        train: the order of which `--labeled` takes the first groups.
+        val: validation cases of the published splits, kept apart.
+        test: test cases.
+        missing: named by a list, absent from the source.
+        list_name: which list this is.
+    """
+
+    train: list[str]
+    val: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    list_name: str = ""
+
+    def used(self) -> list[str]:
+        """All cases of the three parts."""
+        return [*self.train, *self.val, *self.test]
+
+
+def choose_splits(
+    groups: Mapping[str, str],
+    masked: Collection[str],
+    published: Mapping[str, Sequence[str]] | None,
+    list_name: str,
+    *,
+    withdrawn: Collection[str] = (),
+    list_file: Path | None = None,
+    test: str | None = None,
+    allow_missing: bool = False,
+) -> Splits:
+    """Combine published lists with the user's.
+
+    Args:
+        groups: every case of the source -> its group, in the order of the release.
+        masked: cases that have a mask.
+        published: lists of `train`, `val`, `test`; None: all cases train, in the given order.
+        list_name: where `published` or the order comes from.
+        withdrawn: cases that published lists name and current releases lack.
+        list_file: replaces the training list, or the order.
+        test: number of groups at the end of the order, or a file naming the test cases.
+        allow_missing: carry on without cases that a list names and the source lacks.
+
+    Raises:
+        UserError: no case, absent cases, a group on both sides, test cases without masks.
+    """
+    if not groups:
+        raise UserError("The source holds no case. Check -i.")
+    wanted = {k: list((published or {}).get(k, [])) for k in PARTS}
+    if published is None:
+        wanted["train"] = list(groups)
+    if list_file:
+        wanted["train"] = read_list(list_file)
+        list_name = f"{list_file.name}, {list_name}" if published else list_file.name
+    if test and not test.isdigit():
+        wanted["test"] = read_list(Path(test))
+        list_name += f", test: {Path(test).name}"
+        if not list_file:  # they leave the order
+            wanted["train"] = [c for c in wanted["train"] if c not in set(wanted["test"])]
+
+    missing = [c for k in PARTS for c in wanted[k] if c not in groups]
+    absent = [c for c in missing if c not in withdrawn]
+    if absent and not allow_missing:
+        raise UserError(
+            f"{len(absent)} case(s) of the list ({list_name}) are not in the source: "
+            f"{listed(absent)}. Complete the source, correct the list, or add --allow-missing to "
+            f"convert the others."
+        )
+    parts = {k: [c for c in wanted[k] if c in groups] for k in PARTS}
+    if test and test.isdigit():
+        parts["train"], parts["test"] = _cut_last(parts["train"], groups, masked, int(test))
+    _check_apart(parts, groups)
+    if not parts["train"]:
+        raise UserError(f"No case is left for training ({list_name}). Check -i and the lists.")
+    blind = [c for k in ("val", "test") for c in parts[k] if c not in masked]
+    if blind:
+        raise UserError(
+            f"{len(blind)} test or validation case(s) have no mask: {listed(blind)}. Choose others."
+        )
+    return Splits(**parts, missing=missing, list_name=list_name)
+
+
+def _cut_last(
+    order: Sequence[str], groups: Mapping[str, str], masked: Collection[str], number: int
+) -> tuple[list[str], list[str]]:
+    """Move the last groups that are annotated in full to the test set."""
+    members = by_group(order, groups)
+    full = [g for g, cases in members.items() if all(c in masked for c in cases)]
+    if number >= len(full):
+        raise UserError(
+            f"--test {number} is not below {len(full)}, the number of annotated groups. Give a "
+            f"smaller number."
+        )
+    chosen = set(full[len(full) - number :])
+    test = [c for c in order if groups[c] in chosen]
+    return [c for c in order if groups[c] not in chosen], test
+
+
+def _check_apart(parts: Mapping[str, Sequence[str]], groups: Mapping[str, str]) -> None:
+    """Raise UserError if a case or group is in two parts."""
+    home: dict[str, tuple[str, str]] = {}
+    for part, cases in parts.items():
+        for case in cases:
+            other, before = home.setdefault(groups[case], (part, case))
+            if other != part:
+                raise UserError(
+                    f"{case} ({part}) and {before} ({other}) belong together (group "
+                    f"{groups[case]}). Put both into the same list."
+                )
+
+
+def by_group(order: Iterable[str], groups: Mapping[str, str]) -> dict[str, list[str]]:
+    """Collect the cases of each group; groups in the order of their first case."""
+    members: dict[str, list[str]] = {}
+    for case in order:
+        members.setdefault(groups[case], []).append(case)
+    return members
+
+
+def choose_labeled(
+    order: Sequence[str],
+    groups: Mapping[str, str],
+    masked: Collection[str],
+    labeled: int | None,
+    draw: int,
+    counts: str = "groups",
+) -> list[str]:
+    """Choose the training cases that keep their masks.
+
+    Args:
+        order: training cases in published order.
+        groups: case -> group; groups stay whole.
+        masked: cases that have a mask; groups without any do not count.
+        labeled: how many; None: all.
+        draw: 0 keeps the order, another number is the seed of a shuffle of the groups.
+        counts: `groups`, or `images`: whole groups until the next would exceed the number.
+
+    Raises:
+        UserError: `labeled` is not between 1 and what there is.
+    """
+    members = by_group([c for c in order if c in masked], groups)
+    names = list(members)
+    if not names:
+        raise UserError("No training case has a mask; at least one is needed. Check the masks.")
+    if draw:
+        random.Random(draw).shuffle(names)
+    if labeled is None:
+        labeled, counts = len(names), "groups"
+    most = len(names) if counts == "groups" else sum(map(len, members.values()))
+    if not 1 <= labeled <= most:
+        raise UserError(
+            f"--labeled {labeled} is not between 1 and {most}, the annotated {counts} of the "
+            f"training set. Give another number."
+        )
+    if counts == "groups":
+        return [c for name in names[:labeled] for c in members[name]]
+    chosen: list[str] = []
+    for name in names:
+        if len(chosen) + len(members[name]) > labeled:
+            break
+        chosen += members[name]
+    if not chosen:
+        raise UserError(
+            f"--labeled {labeled}: the first group has {len(members[names[0]])} images, and groups "
+            f"stay whole. Give at least that number."
+        )
+    return chosen
+
+
+def separate_duplicates(
+    splits: Splits, groups: dict[str, str], masked: Collection[str], voxels: Mapping[str, str]
+) -> tuple[list[list[str]], list[str]]:
+    """Keep images with equal voxels on one side; changes `splits` and `groups`.
+
+    Copies of test images leave training and validation, copies of validation images leave
+    training. Copies within the training set become one group; of two copies of which one has a
+    mask, only that one stays.
+
+    Returns:
+        The copies, a list of names each; and the cases that were dropped.
+    """
+    same: dict[str, list[str]] = {}
+    for case in [*splits.test, *splits.val, *splits.train]:
+        same.setdefault(voxels[case], []).append(case)
+    duplicates = [cases for cases in same.values() if len(cases) > 1]
+    part_of = {c: k for k in PARTS for c in getattr(splits, k)}
+    dropped = []
+    for cases in duplicates:
+        first = part_of[cases[0]]
+        stay = [c for c in cases if part_of[c] == first]
+        if first == "train" and any(c in masked for c in stay):
+            stay = [c for c in stay if c in masked]
+        dropped += [c for c in cases if c not in stay]
+        if first == "train":
+            merged = {groups[c] for c in stay}
+            groups.update({c: groups[stay[0]] for c in groups if groups[c] in merged})
+    gone = set(dropped)
+    for part in PARTS:
+        setattr(splits, part, [c for c in getattr(splits, part) if c not in gone])
+    return duplicates, dropped
+
+
+def count_groups(cases: Iterable[str], groups: Mapping[str, str]) -> int:
+    """Return how many groups the cases come from."""
+    return len(Counter(groups[c] for c in cases))
