@@ -29,6 +29,7 @@ setup(
         "nnunet_ssl.trainers": "trainers",
         "nnunet_ssl.dataset_conversion": "dataset_conversion",
     },
+    package_data={"nnunet_ssl.dataset_conversion": ["lists/*"]},
     install_requires=[
         version["nnunet_range"](),
         "torch",

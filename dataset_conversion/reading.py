@@ -228,3 +228,8 @@ def hash_source(path: Path) -> str:
         return hashes[0]
     names = "".join(f"{f.name} {h}\n" for f, h in zip(files, hashes, strict=True))
     return hashlib.sha256(names.encode()).hexdigest()
+
+
+def published_list(name: str) -> list[str]:
+    """Read a list that the literature uses, kept in `dataset_conversion/lists`, in its order."""
+    return read_list(Path(__file__).parent / "lists" / name)
