@@ -37,6 +37,7 @@ setup(
         "SimpleITK",
         "batchgenerators",
         "dynamic-network-architectures",
+        "h5py",
         "jinja2",
         "matplotlib",
         "pandas",
