@@ -491,7 +491,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return self._masked_loss(output, self.deep(target))
 
     def pseudo_loss(
-        self, output: Any, pseudo_label: Tensor, weight: Tensor, pseudo_voxels: Tensor
+        self,
+        output: Any,
+        pseudo_label: Tensor,
+        weight: Tensor,
+        pseudo_voxels: Tensor,
+        parts: Literal["ce_dice", "ce", "dice"] = "ce_dice",
     ) -> Tensor:
         """Return CE + Dice on pseudo-labels; see `functional.pseudo_ce_dice`.
 
@@ -503,10 +508,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             pseudo_label: full resolution, (B, 1, *) labels or (B, R, *) bool.
             weight: same voxels, (B, 1 or R, *); 0 counts nothing.
             pseudo_voxels: (B, 1, *) bool, voxels whose target is a pseudo-label.
+            parts: both terms, or one of them.
         """
         full_size = pseudo_label[0, 0].numel()
         # nnU-Net's own loss sums the BCE over regions where there is an ignore label
         summed = self.regions and self.label_manager.has_ignore_label
+        ce_weight = (self.num_heads if summed else 1) * float("ce" in parts.split("_"))
         least = 64 if pseudo_label.ndim == 5 else 16
 
         def at_scale(logits: Tensor, label: Tensor, w: Tensor, voxels: Tensor) -> Tensor:
@@ -518,7 +525,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 voxels,
                 regions=self.regions,
                 min_voxels=max(1, round(least * share)),
-                ce_weight=self.num_heads if summed else 1,
+                ce_weight=ce_weight,
+                dice_weight=float("dice" in parts),
             )
 
         if not self.enable_deep_supervision:
@@ -526,6 +534,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         scales = self._get_deep_supervision_scales()
         maps = [downsample(m, scales) for m in (pseudo_label, weight, pseudo_voxels)]
         return deep_supervised(at_scale, output, *maps, weights=self.loss.weight_factors)
+
+    def as_target(self, pseudo_label: Tensor) -> Tensor:
+        """Give pseudo-labels of regions the empty ignore channel that targets have, if any."""
+        if self.regions and self.label_manager.has_ignore_label:
+            return torch.cat([pseudo_label, torch.zeros_like(pseudo_label[:, :1])], 1)
+        return pseudo_label
 
     def strong_intensity(self, x: Tensor, valid: Tensor) -> Tensor:
         """Return the strong intensity view; channels that nnU-Net masks stay 0 outside the mask."""
@@ -637,10 +651,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.teacher.eval()
 
     def _autocast(self) -> AbstractContextManager:
+        # No cache of cast weights: before PyTorch 2.10 one that was filled without gradient cuts the
+        # gradient of a later pass through the same network.
         if self.device.type == "cuda":
-            return torch.autocast("cuda")
+            return torch.autocast("cuda", cache_enabled=False)
         if self.device.type == "cpu" and self.bf16_on_cpu:
-            return torch.autocast("cpu", dtype=torch.bfloat16)
+            return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
         return nullcontext()
 
     def train_step(self, batch: dict) -> dict:
@@ -713,16 +729,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _in_place_of_student(self, network: nn.Module) -> Iterator[None]:
         """Put a network where nnU-Net looks for its own, with nnU-Net's deep supervision."""
         trained = self.network
-        apart = all(network is not m for m in trained.modules())  # a teacher, not a part
+        before: list[Any] = [m for m in network.modules() if getattr(m, "deep_supervision", False)]
         self.network = network
         try:
-            if apart:
-                self._set_deep_supervision(network, self.enable_deep_supervision)
+            self._set_deep_supervision(network, self.enable_deep_supervision)
             yield
         finally:
             self.network = trained
-            if apart:
-                self._set_deep_supervision(network, False)
+            self._set_deep_supervision(network, False)  # a teacher's is always off
+            for module in before:
+                module.deep_supervision = True
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch deep supervision of the network in the student's place."""

@@ -16,6 +16,7 @@ def pseudo_ce_dice(
     regions: bool = False,
     min_voxels: int,
     ce_weight: float = 1.0,
+    dice_weight: float = 1.0,
 ) -> Tensor:
     """Cross-entropy minus mean Dice, counted on pseudo-labelled voxels only.
 
@@ -34,12 +35,14 @@ def pseudo_ce_dice(
         regions: channels are independent regions: binary CE, Dice over all of them.
         min_voxels: classes (regions) with less counted pseudo-label are left out of the Dice; 0
             keeps all, absent ones too, as nnU-Net does.
-        ce_weight: weight of the cross-entropy beside the Dice.
+        ce_weight: weight of the cross-entropy.
+        dice_weight: weight of the Dice; 0 leaves it out.
 
     Returns:
-        Scalar: ce_weight * sum(weight * CE) / #pseudo voxels (and regions) - mean Dice, summed over
-        the batch and without background, of the classes kept. 0 with zero gradient if nothing
-        counts. No gradient into labels or weights, nor into logits where `weight` is 0.
+        Scalar: ce_weight * sum(weight * CE) / #pseudo voxels (and regions) - dice_weight * mean
+        Dice, summed over the batch and without background, of the classes kept. 0 with zero
+        gradient if nothing counts. No gradient into labels or weights, nor into logits where
+        `weight` is 0.
 
     Raises:
         ValueError: shapes do not fit.
@@ -61,19 +64,25 @@ def pseudo_ce_dice(
         )
     logits = logits.float()
     weight = weight.detach().float()
-    total = pseudo_voxels.sum().clamp_min(1)
+    loss = logits.new_zeros(())
     if regions:
         target = pseudo_label.detach().bool()
-        ce = binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-        total = total * logits.shape[1]
-        prob = logits.sigmoid()
     else:
         label = torch.where(weight > 0, pseudo_label.detach(), 0).long()
-        ce = cross_entropy(logits, label[:, 0], reduction="none")[:, None]
         classes = torch.arange(1, logits.shape[1], device=logits.device)
         target = label == classes.view(1, -1, *[1] * (logits.ndim - 2))
-        prob = logits.softmax(1)[:, 1:]
-    return ce_weight * (weight * ce).sum() / total - _mean_dice(prob, target, weight, min_voxels)
+    if ce_weight:
+        total = pseudo_voxels.sum().clamp_min(1)
+        if regions:
+            ce = binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+            total = total * logits.shape[1]
+        else:
+            ce = cross_entropy(logits, label[:, 0], reduction="none")[:, None]
+        loss = ce_weight * (weight * ce).sum() / total
+    if dice_weight:
+        prob = logits.sigmoid() if regions else logits.softmax(1)[:, 1:]
+        loss = loss - dice_weight * _mean_dice(prob, target, weight, min_voxels)
+    return loss
 
 
 def _mean_dice(prob: Tensor, target: Tensor, weight: Tensor, min_voxels: int) -> Tensor:
