@@ -53,7 +53,7 @@ WIDTH = 100  # of the text below the table
 UNITS = {"mm": ("mm",), "voxel": ("voxel",), "both": ("mm", "voxel")}
 TITLES = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "assd": "ASSD", "asd": "ASD"}
 ITK_ENDINGS = (".nii", ".mhd")  # read by SimpleITK, but not in the list of nnU-Net's reader
-ENDINGS = tuple({e for cls in LIST_OF_IO_CLASSES for e in cls.supported_file_endings}) + ITK_ENDINGS
+ENDINGS = {*ITK_ENDINGS, *(e for cls in LIST_OF_IO_CLASSES for e in cls.supported_file_endings)}
 # how far the geometry of two files of one grid may differ, by rounding in their headers
 SPACING_TOLERANCE = 1e-3  # relative
 ORIGIN_TOLERANCE = 1e-2  # of the smallest edge of a voxel
@@ -378,7 +378,8 @@ def _read_mask(path: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, 
     except MemoryError:
         raise
     except Exception as error:  # every reader library has its own errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        lines = [line for line in str(error).splitlines() if line and "Reason:" not in line]
+        reason = lines[-1] if lines else type(error).__name__  # ITK's "Reason:" misleads
         raise UserError(
             f"Cannot read {path}: {reason}. The file is damaged or cut short; write it again."
         ) from error
