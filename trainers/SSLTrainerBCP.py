@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from nnunet_ssl.base import SemiSupervisedTrainer, Terms
 from nnunet_ssl.data.batch import Batch
@@ -99,9 +98,3 @@ class SSLTrainerBCP(SemiSupervisedTrainer):
             "unsup": self.unsup_weight
             * self.masked_loss(output, self.as_target(pseudo_label), pseudo_voxels),
         }
-
-    def as_target(self, pseudo_label: Tensor) -> Tensor:
-        """Give pseudo-labels of regions the empty ignore channel that targets have, if any."""
-        if self.regions and self.label_manager.has_ignore_label:
-            return torch.cat([pseudo_label, torch.zeros_like(pseudo_label[:, :1])], 1)
-        return pseudo_label

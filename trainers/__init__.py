@@ -3,6 +3,7 @@
 from nnunet_ssl.trainers.SSLTrainer import SSLTrainer
 from nnunet_ssl.trainers.SSLTrainerBCP import SSLTrainerBCP
 from nnunet_ssl.trainers.SSLTrainerFixMatch import SSLTrainerFixMatch
+from nnunet_ssl.trainers.SSLTrainerM3HL import SSLTrainerM3HL
 from nnunet_ssl.trainers.SSLTrainerMeanTeacher import SSLTrainerMeanTeacher
 from nnunet_ssl.trainers.SSLTrainerSupervised import SSLTrainerSupervised
 
@@ -10,6 +11,7 @@ __all__ = [
     "SSLTrainer",
     "SSLTrainerBCP",
     "SSLTrainerFixMatch",
+    "SSLTrainerM3HL",
     "SSLTrainerMeanTeacher",
     "SSLTrainerSupervised",
 ]

@@ -12,10 +12,12 @@ from nnunet_ssl.functional.augment import (
     random_rot90,
     strong_intensity,
 )
+from nnunet_ssl.functional.blocks import random_blocks
 from nnunet_ssl.functional.cached import cached_gradients
 from nnunet_ssl.functional.components import largest_component, largest_component_regions
 from nnunet_ssl.functional.consistency import prob_mse, sigmoid_mse, softmax_mse
 from nnunet_ssl.functional.ema import ema_decay_at, ema_update
+from nnunet_ssl.functional.features import feature_cosine, feature_l1
 from nnunet_ssl.functional.mixing import exchange, random_boxes
 from nnunet_ssl.functional.outputs import confidence, downsample, full_res, hard_labels, to_prob
 from nnunet_ssl.functional.pseudo_loss import deep_supervised, pseudo_ce_dice
@@ -32,6 +34,8 @@ __all__ = [
     "ema_decay_at",
     "ema_update",
     "exchange",
+    "feature_cosine",
+    "feature_l1",
     "full_res",
     "hard_labels",
     "largest_component",
@@ -39,6 +43,7 @@ __all__ = [
     "prob_mse",
     "pseudo_ce_dice",
     "rampup_between",
+    "random_blocks",
     "random_boxes",
     "random_flips",
     "random_rot90",

@@ -24,10 +24,13 @@ FULL = {
     "SSLTrainerMeanTeacher": "+rampup=0",
     "SSLTrainerFixMatch": "+warmup=0+threshold=0",
     "SSLTrainerBCP": "+pretrain=0",
+    "SSLTrainerM3HL": "+pretrain=0",
 }
 # no unlabelled weight: the twin's step
 # times the twin's memory, where it is more than 1.25
-MEMORY: dict[str, float] = {}
+MEMORY: dict[str, float] = {
+    "SSLTrainerM3HL": 1.35,
+}
 NONE = {
     "SSLTrainer": "+unsup_weight=0",
     "SSLTrainerMeanTeacher": "+consistency_weight=0",
