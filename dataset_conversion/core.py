@@ -8,6 +8,7 @@ A data-set script is one module of this package, named like the data set (MSD.py
     add_options(parser)                optional: own options, and of the shared ones
                                        `add_split_options`, `add_spacing_option`,
                                        `add_protocol_option`
+    LABEL_HINT = "..."                 optional: what to do about an unexpected label
 
 and ends with
 
@@ -39,7 +40,7 @@ from typing import Any
 
 import SimpleITK as sitk
 
-from nnunet_ssl.dataset_conversion.reading import files_below, hash_source, listed
+from nnunet_ssl.dataset_conversion.reading import files_below, hash_source, listed, read_list
 from nnunet_ssl.dataset_conversion.selection import (
     PARTS,
     choose_labeled,
@@ -193,10 +194,9 @@ def build_parser(script: Any) -> argparse.ArgumentParser:
     parser.add_argument("-d", required=True, type=int, metavar="ID", help="free id, 1-999")
     parser.add_argument(
         "--labeled",
-        type=int,
-        metavar="N",
-        help="patients (or images) that keep their masks; the others go to imagesUn, their masks "
-        "to the held-out folder; default: all keep them",
+        metavar="N|FILE",
+        help="how many patients (or images) keep their masks, or a file naming the cases; the "
+        "others go to imagesUn, their masks to the held-out folder; default: all keep them",
     )
     parser.add_argument(
         "--draw",
@@ -269,10 +269,12 @@ def convert(script: Any, argv: Sequence[str]) -> int:
         test=getattr(options, "test", None),
         allow_missing=options.allow_missing,
     )
-    pick = (masked, options.labeled, options.draw, release.counts)
+    wanted = _labeled(options)
+    pick = (masked, wanted, options.draw, release.counts)
     choose_labeled(splits.train, groups, *pick)  # a number that is too large is told at once
 
-    target = Target(target_root, options.d, release.stem, options.labeled, options.draw)
+    number = len(wanted) if isinstance(wanted, list) else wanted
+    target = Target(target_root, options.d, release.stem, number, options.draw)
     target.finish_pending()
     identity = _identity(script, release, options)
     previous = target.check_free(identity, options.overwrite)
@@ -343,12 +345,19 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError(f"-d {options.d} is not between 1 and 999. Give another id.")
     if options.draw < 0:
         raise UserError(f"--draw {options.draw} is negative. Give 0 or more.")
-    if options.draw and options.labeled is None:
+    if options.draw and not (options.labeled or "").isdigit():
         raise UserError(f"--draw {options.draw} has no effect without --labeled N. Add it.")
     if not options.i.exists():
         raise UserError(f"{options.i} does not exist. Give the original download with -i.")
     if options.i.is_dir() and not files_below(options.i):
         raise UserError(f"{options.i} is empty. Give the unpacked original download with -i.")
+
+
+def _labeled(options: argparse.Namespace) -> int | list[str] | None:
+    """A number of groups, or the names of the cases that keep their masks."""
+    if options.labeled is None:
+        return None
+    return int(options.labeled) if options.labeled.isdigit() else read_list(Path(options.labeled))
 
 
 def _index(cases: Iterable[Case]) -> dict[str, Case]:
@@ -535,11 +544,13 @@ def convert_case(
             stamp = json.loads(stamp_path.read_text())
             if stamp["key"] == key:
                 return stamp
-        scan = importlib.import_module(script_name).read(case, options)
+        script = importlib.import_module(script_name)
+        scan = script.read(case, options)
         _check_scan(scan, case, channels)
         voxels: dict[str, int] = {}
         if scan.mask is not None:
-            mask, counts = map_labels(scan.mask, label_map, case.name)
+            hint = getattr(script, "LABEL_HINT", "")
+            mask, counts = map_labels(scan.mask, label_map, case.name, hint)
             voxels = {str(k): v for k, v in sorted(counts.items())}
             write_image(mask, mask_path)
         for image, path in zip(scan.images, images, strict=True):

@@ -138,7 +138,7 @@ def choose_labeled(
     order: Sequence[str],
     groups: Mapping[str, str],
     masked: Collection[str],
-    labeled: int | None,
+    labeled: int | Sequence[str] | None,
     draw: int,
     counts: str = "groups",
 ) -> list[str]:
@@ -148,17 +148,25 @@ def choose_labeled(
         order: training cases in published order.
         groups: case -> group; groups stay whole.
         masked: cases that have a mask; groups without any do not count.
-        labeled: how many; None: all.
+        labeled: how many, or which cases; None: all.
         draw: 0 keeps the order, another number is the seed of a shuffle of the groups.
         counts: `groups`, or `images`: whole groups until the next would exceed the number.
 
     Raises:
-        UserError: `labeled` is not between 1 and what there is.
+        UserError: `labeled` is not between 1 and what there is, or names other cases.
     """
     members = by_group([c for c in order if c in masked], groups)
     names = list(members)
     if not names:
         raise UserError("No training case has a mask; at least one is needed. Check the masks.")
+    if labeled is not None and not isinstance(labeled, int):
+        absent = [c for c in labeled if c not in order or c not in masked]
+        if absent:
+            raise UserError(
+                f"--labeled names {len(absent)} case(s) that are no annotated training case: "
+                f"{listed(absent)}. Correct the list."
+            )
+        return list(labeled)
     if draw:
         random.Random(draw).shuffle(names)
     if labeled is None:

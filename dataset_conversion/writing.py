@@ -56,7 +56,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def map_labels(
-    mask: sitk.Image, label_map: Mapping[int, int], case: str
+    mask: sitk.Image, label_map: Mapping[int, int], case: str, hint: str = ""
 ) -> tuple[sitk.Image, dict[int, int]]:
     """Check the values of a mask and map them, slice by slice to keep memory flat.
 
@@ -64,6 +64,7 @@ def map_labels(
         mask: one component; float values next to an integer count as that integer.
         label_map: value in the mask -> new value, below 256; no other value may occur.
         case: for messages.
+        hint: what to do about an unexpected value.
 
     Returns:
         Mask of uint8 with the same geometry; voxels of each new value.
@@ -92,7 +93,8 @@ def map_labels(
     if unknown:
         raise UserError(
             f"{case}: the mask holds {listed([f'{v:g}' for v in sorted(unknown)])}, expected are "
-            f"{listed(sorted(label_map))}. Correct the mask, or check that this is the right file."
+            f"{listed(sorted(label_map))}. "
+            + (hint or "Correct the mask, or check that this is the right file.")
         )
     mapped = sitk.GetImageFromArray(result)
     mapped.CopyInformation(mask)
