@@ -37,12 +37,13 @@ THEME = {
     **{color: f"var(--c{k})" for k, color in enumerate(COLORS)},
 }
 STYLE = {
-    "font.size": 9,
+    "font.size": 12,
     "text.parse_math": False,  # names may hold a dollar sign
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
-    "axes.titlesize": 9.5,
+    "axes.titlesize": 12.5,
+    "axes.labelsize": 12,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -54,13 +55,24 @@ STYLE = {
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 11.5,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 11.5,
     "lines.linewidth": 1.5,
     "svg.fonttype": "none",
 }
+SLIM = [  # what matplotlib writes and the page does not need, or must not hold twice
+    (r"<metadata>.*?</metadata>", ""),
+    (r"<style.*?</style>", ""),  # would style the whole page
+    (r"<!--.*?-->", ""),
+    (r' id="[a-z0-9]+(\.[a-z]+)?_\d+"', ""),  # figure_1, line2d_1, ...
+    (r" font-family: [^;]*;", ""),  # the page's
+    (r' transform="rotate\(-0 [^"]*"', ""),
+    (r"(\d\.\d\d)\d+", r"\1"),  # a hundredth of a pixel is enough
+    (r"\s*\n\s*", " "),
+    (r"> <", "><"),
+]
 DPI = 72  # matplotlib's SVG is 72 units an inch
 LONGEST = 256  # pixels of a slice along its longer side
 
@@ -72,7 +84,7 @@ class Plot:
 
 
 @contextmanager
-def plot(title: str, width: float = 360, height: float = 220) -> Iterator[tuple[Plot, Axes]]:
+def plot(title: str, width: float = 360, height: float = 250) -> Iterator[tuple[Plot, Axes]]:
     """Yield a plot and its axes; size in CSS pixels, `title` names it to screen readers."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(width / DPI, height / DPI), layout="constrained")
@@ -85,9 +97,8 @@ def plot(title: str, width: float = 360, height: float = 220) -> Iterator[tuple[
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)  # holds the texts once more
-    svg = re.sub(r' id="[a-z]+(\.[a-z]+)?_\d+"', "", svg)  # figure_1, ...: twice on a page
+    for pattern, replacement in SLIM:
+        svg = re.sub(pattern, replacement, svg, flags=re.DOTALL)
     for color, css in THEME.items():
         svg = svg.replace(color, css)
     view = re.search(r'viewBox="[^"]*"', svg)
@@ -111,7 +122,7 @@ class Effect:
 def forest(title: str, effects: Sequence[Effect]) -> Markup:
     """Mean difference to the twin with its interval, and the single units behind it."""
     margin = 100 * MARGIN
-    with plot(title, 420, 62 + 40 * len(effects)) as (made, axes):
+    with plot(title, 420, 62 + 46 * len(effects)) as (made, axes):
         axes.axvspan(-margin, margin, color=BAND, linewidth=0)
         axes.axvline(0, color=INK, linewidth=1)
         values = [-1.5 * margin, 1.5 * margin]
@@ -147,7 +158,7 @@ def dice_by_budget(
 ) -> Markup:
     """Mean Dice (%) over annotated cases: lines of name, colour and (budget, mean, sd) points."""
     budgets = sorted({point[0] for _, _, points in lines for point in points})
-    with plot(title, 560, 300) as (made, axes):
+    with plot(title, 560, 340) as (made, axes):
         if bound is not None:
             axes.axhline(bound, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
             axes.annotate(
@@ -157,7 +168,7 @@ def dice_by_budget(
                 xycoords=axes.get_yaxis_transform(),
                 textcoords="offset points",
                 color=MUTED,
-                fontsize=8,
+                fontsize=11.5,
             )
         for k, (name, color, points) in enumerate(lines):
             x = [budgets.index(p[0]) + 0.04 * (k - (len(lines) - 1) / 2) for p in points]
@@ -187,7 +198,8 @@ def curves(
 ) -> Markup:
     """Curves over training: lines of name, colour and values (runs, points), evenly spaced.
 
-    Thick: mean over runs; the band spans the runs. `whole` keeps the axis from 0 to 1.
+    Thick: mean over runs; the band spans the runs. `whole` keeps the axis from 0 to 1 where all
+    values lie there.
     """
     with plot(title) as (made, axes):
         for name, color, values in lines:
@@ -198,7 +210,7 @@ def curves(
             if len(shown) > 1:
                 low, high = np.nanmin(shown, axis=0), np.nanmax(shown, axis=0)
                 axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-        if whole:
+        if whole and all(np.nanmax(values) <= 1 for _, _, values in lines):
             axes.set_ylim(-0.02, 1.02)
         axes.set_xlim(0, 100)
         axes.set_xlabel("training (%)")
@@ -208,16 +220,19 @@ def curves(
     return made.markup
 
 
-def gains(title: str, values: Sequence[float]) -> Markup:
-    """Gain of each case (Dice points), sorted, as stems from 0."""
-    ordered = np.sort(np.asarray(values, dtype=float))[::-1]
+def gains(title: str, values: np.ndarray, limits: tuple[float, float]) -> Markup:
+    """Gain of each case (Dice points), sorted, as stems from 0; `limits` of the gains shown."""
+    ordered = np.sort(values)[::-1]
     x = np.arange(1, len(ordered) + 1)
-    with plot(title, 360, 190) as (made, axes):
+    with plot(title, 360, 220) as (made, axes):
         for part, color in ((ordered >= 0, GOOD), (ordered < 0, BAD)):
             axes.vlines(x[part], 0, ordered[part], color=color, linewidth=1.4)
             axes.plot(x[part], ordered[part], "o", color=color, markersize=3.2)
         axes.axhline(0, color=INK, linewidth=1)
         axes.set_xlim(0.2, len(ordered) + 0.8)
+        low, high = min(0.0, limits[0]), max(0.0, limits[1])
+        pad = 0.05 * max(high - low, 100 * MARGIN)
+        axes.set_ylim(low - pad, high + pad)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("cases, sorted by gain")
@@ -229,7 +244,7 @@ def quality(
     title: str, lines: Sequence[tuple[str, str, Sequence[tuple[float, float, float, float]]]]
 ) -> Markup:
     """Dice (%) of pseudo-labels: lines of name, colour and (progress %, mean, lowest, highest)."""
-    with plot(title, 420, 260) as (made, axes):
+    with plot(title, 420, 300) as (made, axes):
         for k, (name, color, points) in enumerate(lines):
             x = np.array([p[0] for p in points]) + 0.8 * (k - (len(lines) - 1) / 2)
             mean, low, high = (np.array([p[i] for p in points]) for i in (1, 2, 3))
@@ -304,7 +319,7 @@ def cut(
     foreground = [np.moveaxis(np.isin(s, values), axis, 0) for s in segmentations]
     index = int(foreground[0].sum(axis=(1, 2)).argmax())
     pixel = [s for k, s in enumerate(spacing) if k != axis]
-    box = around(np.any([f[index] for f in foreground], axis=0))
+    box = around(np.any([f[index] for f in foreground], axis=0), pixel)
     sizes = [(b.stop - b.start) * p for b, p in zip(box, pixel, strict=True)]
     scale = [200 / max(sizes) * p for p in pixel]
     outlines = []
@@ -316,17 +331,23 @@ def cut(
     return Slice(shown, round(width, 1), round(height, 1), outlines)
 
 
-def around(mask: np.ndarray) -> tuple[slice, slice]:
-    """Bounding box of a 2D mask with a margin of a third of its longer side; all if empty."""
+def around(mask: np.ndarray, pixel: Sequence[float]) -> tuple[slice, slice]:
+    """Square around a 2D mask, a third wider on each side, cut at the border; all if empty.
+
+    Args:
+        mask: (Y, X).
+        pixel: edge lengths of a pixel.
+    """
     if not mask.any():
         return slice(0, mask.shape[0]), slice(0, mask.shape[1])
-    ranges = [np.flatnonzero(mask.any(axis=1 - k))[[0, -1]] for k in range(2)]
-    margin = max(4, max(int(stop - start) for start, stop in ranges) // 3)
-    first, second = (
-        slice(max(0, int(start) - margin), min(size, int(stop) + 1 + margin))
-        for (start, stop), size in zip(ranges, mask.shape, strict=True)
-    )
-    return first, second
+    ranges = [np.flatnonzero(mask.any(axis=1 - k))[[0, -1]] + (0, 1) for k in range(2)]
+    side = 5 / 3 * max((stop - start) * p for (start, stop), p in zip(ranges, pixel, strict=True))
+    slices = []
+    for (start, stop), p, size in zip(ranges, pixel, mask.shape, strict=True):
+        half = max(side / p, 16) / 2
+        middle = (start + stop) / 2
+        slices.append(slice(max(0, round(middle - half)), min(size, round(middle + half))))
+    return slices[0], slices[1]
 
 
 def outline(mask: np.ndarray, scale: Sequence[float]) -> str:

@@ -22,6 +22,7 @@ METRICS = {  # in the order of the tables: what it is called, decimals
     "asd": ("ASD", 2),
     "nsd": ("NSD", 1),
 }
+MAIN = ("dice", "hd95", "assd", "nsd")  # in the main table; the others stand below it
 PERCENT = ("dice", "jaccard", "nsd")
 DICE = ("dice", "")
 

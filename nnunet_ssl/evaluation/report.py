@@ -17,7 +17,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from nnunet_ssl.evaluation import figures, statistics
-from nnunet_ssl.evaluation.folder import DICE, METRICS, PERCENT, Metric, Runs
+from nnunet_ssl.evaluation.folder import DICE, MAIN, METRICS, PERCENT, Metric, Runs
 from nnunet_ssl.evaluation.statistics import Verdict
 from nnunet_ssl.history import read_log
 from nnunet_ssl.io import write_text
@@ -132,7 +132,7 @@ def page_of(runs: Runs) -> dict[str, Any]:
         "folds": runs.folds,
         "cases": runs.scores["case"].nunique(),
         "classes": runs.classes,
-        "metrics": [metric_name(runs, metric) for metric in runs.metrics],
+        "metrics": [metric_name(runs, metric) for metric in runs.metrics if metric[0] in MAIN],
         "done": runs.done,
         "failed": runs.failed,
         "waiting": runs.waiting,
@@ -149,7 +149,9 @@ def budget_of(runs: Runs, budget: tuple[int, str], rows: Sequence[Row]) -> dict[
     """Verdicts, tables and figures of one budget."""
     name = annotated(runs, budget)
     methods = [row for row in rows if row.role == "method"]
-    gains = [(row, runs.case_gains(row.done)) for row in methods]
+    gains = [(row, gain) for row in methods if len(gain := runs.case_gains(row.done))]
+    limits = (min(g.min() for _, g in gains), max(g.max() for _, g in gains)) if gains else (0, 0)
+    columns = [*runs.classes, None] if len(runs.classes) > 1 else runs.classes
     panels = [(row, curve_panels(runs, row, name)) for row in rows if row.role != "bound"]
     kinds = {row.verdict.kind for row in rows if row.verdict}
     return {
@@ -163,7 +165,11 @@ def budget_of(runs: Runs, budget: tuple[int, str], rows: Sequence[Row]) -> dict[
         ],
         "forest": forest(runs, rows, name),
         "table": [
-            (row, [value_cell(runs, row, m) for m in runs.metrics], gap(runs, row, rows))
+            (
+                row,
+                [value_cell(runs, row, m) for m in runs.metrics if m[0] in MAIN],
+                gap(runs, row, rows),
+            )
             for row in rows
         ],
         "twins": len({row.name for row in rows if row.role == "twin"}) > 1,
@@ -172,18 +178,21 @@ def budget_of(runs: Runs, budget: tuple[int, str], rows: Sequence[Row]) -> dict[
             (
                 metric_name(runs, metric),
                 [
-                    (row, [value_cell(runs, row, metric, c) for c in runs.classes])
+                    (row, [value_cell(runs, row, metric, name) for name in columns])
                     for row in rows
                     if row.done
                 ],
             )
             for metric in runs.metrics
-            if len(runs.classes) > 1
+            if len(runs.classes) > 1 or metric[0] not in MAIN
         ],
         "gains": [
-            (row, figures.gains(f"Gain per case, {name}, {row.name}", gain.to_numpy()), better(gain))
+            (
+                row,
+                figures.gains(f"Gain per case, {name}, {row.name}", gain.to_numpy(), limits),
+                f"{int((gain > 0).sum())} of {len(gain)} cases better",
+            )
             for row, gain in gains
-            if len(gain)
         ],
         "curves": [(row, made) for row, made in panels if made],
         "quality": quality(runs, rows, name),
@@ -211,12 +220,14 @@ def sentence(runs: Runs, row: Row, verdict: Verdict) -> str:
         return "No run has finished together with its twin."
     pairs = runs.pairs(row.done)
     own, twin = (100 * np.mean([runs.score(pair[k], DICE) for pair in pairs]) for k in (0, 1))
+    mean, low, high = (100 * v for v in (verdict.mean, verdict.low, verdict.high))
+    change, interval = span(mean, low, high, 1)
     text = (
-        f"Mean Dice {own:.1f} % against {twin:.1f} % of the twin: "
-        f"{signed(100 * verdict.mean)} points over {plural(verdict.units, verdict.kind[:-1])}"
+        f"Mean Dice {own:.1f} % against {twin:.1f} % of the twin: {change} points "
+        f"over {plural(verdict.units, verdict.kind[:-1])}"
     )
-    if not math.isnan(verdict.low):
-        text += f", 95 % interval {signed(100 * verdict.low)} to {signed(100 * verdict.high)}"
+    if interval:
+        text += f", 95 % interval {interval}"
     if verdict.units < statistics.MIN_UNITS:
         more = statistics.MIN_UNITS - verdict.units
         return f"{text}. A verdict needs at least {plural(more, verdict.kind[:-1])} more."
@@ -258,10 +269,8 @@ def value_cell(runs: Runs, row: Row, metric: Metric, name: str | None = None) ->
     if row.verdict:
         units, _ = runs.unit_differences(row.done, metric, name)
         if len(units):
-            difference, low, high = (scale * v for v in statistics.t_interval(units))
-            texts["difference"] = signed(difference, decimals)
-            if not math.isnan(low):
-                texts["difference"] += f" ({signed(low, decimals)} to {signed(high, decimals)})"
+            change, interval = span(*(scale * v for v in statistics.t_interval(units)), decimals)
+            texts["difference"] = f"{change} ({interval})" if interval else change
     scores = runs.scores
     chosen = scores["cell"].isin([c["id"] for c in row.done])
     chosen &= (scores["metric"] == metric[0]) & (scores["unit"] == metric[1])
@@ -291,11 +300,6 @@ def metric_name(runs: Runs, metric: Metric) -> dict[str, str]:
         tolerance = (runs.spec.get("evaluate") or {}).get("tolerance", 1)
         return {"name": "NSD", "unit": f"%, within {tolerance:g} {unit}"}
     return {"name": METRICS[name][0], "unit": unit or "%"}
-
-
-def better(gain: pd.Series) -> str:
-    """How many cases gained."""
-    return f"{int((gain > 0).sum())} of {len(gain)} cases better"
 
 
 def curve_panels(runs: Runs, row: Row, budget: str) -> list[Markup]:
@@ -576,6 +580,15 @@ def signed(value: float, decimals: int = 1) -> str:
     if float(text) == 0:
         return text[1:]
     return text.replace("-", "−")
+
+
+def span(mean: float, low: float, high: float, decimals: int) -> tuple[str, str]:
+    """A difference and its interval, with one decimal more where one would round to 0."""
+    known = [v for v in (mean, low, high) if not math.isnan(v)]
+    if any(v and not round(v, decimals) for v in known):
+        decimals += 1
+    interval = f"{signed(low, decimals)} to {signed(high, decimals)}" if len(known) == 3 else ""
+    return signed(mean, decimals), interval
 
 
 def wrap(name: str) -> Markup:

@@ -32,8 +32,8 @@ RULE = [
     "and seed (the same fold in a cross-validation).",
     f"With {MIN_DRAWS} or more draws of annotated cases, the seeds of a draw are averaged and the "
     "draws are the units. With fewer draws each run is a unit. Cases are never units.",
-    f"Fewer than {MIN_UNITS} units: {OPEN}.",
-    f"Otherwise the {CONFIDENCE:.0%} t-interval of the mean difference decides. Wholly above 0: "
+    f"Fewer than {MIN_UNITS} units: {OPEN}, and no interval is given.",
+    f"Otherwise the {100 * CONFIDENCE:g} % t-interval of the mean difference decides. Wholly above 0: "
     f"{HELPED}. Wholly below 0: {HURT}. Wholly within ±{100 * MARGIN:g} Dice point: {SAME}. "
     f"Anything else: {OPEN}.",
     f"{HELPED.capitalize()} or {HURT} by less than {100 * MARGIN:g} Dice point on average is said "
@@ -48,7 +48,7 @@ class Verdict:
     Attributes:
         outcome: one of HELPED, HURT, SAME, OPEN.
         mean: mean paired difference in Dice; NaN without a pair.
-        low, high: interval of the mean difference; NaN with fewer than two units.
+        low, high: interval of the mean difference; NaN with fewer than MIN_UNITS units.
         units: number of paired differences that decided.
         kind: what a unit is.
         needed: units that would probably decide it, if mean and spread stay as they are; None where
@@ -73,11 +73,11 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, floa
     """Mean and two-sided t-interval at CONFIDENCE.
 
     Returns:
-        Mean, low, high; the bounds are NaN with fewer than two values, all are NaN without any.
+        Mean, low, high; the bounds are NaN with fewer than MIN_UNITS values, all without any.
     """
     x = np.asarray(values, dtype=float)
-    if len(x) < 2:
-        return (float(x[0]) if len(x) else math.nan), math.nan, math.nan
+    if len(x) < MIN_UNITS:
+        return (float(x.mean()) if len(x) else math.nan), math.nan, math.nan
     mean = float(x.mean())
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * stats.sem(x))
     return mean, mean - half, mean + half
