@@ -29,7 +29,10 @@ setup(
         "nnunet_ssl.trainers": "trainers",
         "nnunet_ssl.dataset_conversion": "dataset_conversion",
     },
-    package_data={"nnunet_ssl.dataset_conversion": ["lists/*"]},
+    package_data={
+        "nnunet_ssl.dataset_conversion": ["lists/*"],
+        "nnunet_ssl.evaluation": ["*.j2"],
+    },
     install_requires=[
         version["nnunet_range"](),
         "torch",
