@@ -2,16 +2,22 @@
 
 from nnunet_ssl.trainers.SSLTrainer import SSLTrainer
 from nnunet_ssl.trainers.SSLTrainerBCP import SSLTrainerBCP
+from nnunet_ssl.trainers.SSLTrainerCPS import SSLTrainerCPS
 from nnunet_ssl.trainers.SSLTrainerFixMatch import SSLTrainerFixMatch
 from nnunet_ssl.trainers.SSLTrainerM3HL import SSLTrainerM3HL
 from nnunet_ssl.trainers.SSLTrainerMeanTeacher import SSLTrainerMeanTeacher
 from nnunet_ssl.trainers.SSLTrainerSupervised import SSLTrainerSupervised
+from nnunet_ssl.trainers.SSLTrainerUAMT import SSLTrainerUAMT
+from nnunet_ssl.trainers.SSLTrainerUniMatch import SSLTrainerUniMatch
 
 __all__ = [
     "SSLTrainer",
     "SSLTrainerBCP",
+    "SSLTrainerCPS",
     "SSLTrainerFixMatch",
     "SSLTrainerM3HL",
     "SSLTrainerMeanTeacher",
     "SSLTrainerSupervised",
+    "SSLTrainerUAMT",
+    "SSLTrainerUniMatch",
 ]

@@ -16,7 +16,19 @@ from nnunet_ssl.functional.blocks import random_blocks
 from nnunet_ssl.functional.cached import cached_gradients
 from nnunet_ssl.functional.components import largest_component, largest_component_regions
 from nnunet_ssl.functional.consistency import prob_mse, sigmoid_mse, softmax_mse
+from nnunet_ssl.functional.curriculum import curriculum_weight, relative_rank
+from nnunet_ssl.functional.cutmix import cutmix, cutmix_boxes, random_partners
 from nnunet_ssl.functional.ema import ema_decay_at, ema_update
+from nnunet_ssl.functional.entropy import normalized_entropy
+from nnunet_ssl.functional.evidence import (
+    Opinion,
+    binary_logits,
+    dirichlet_logits,
+    fisher_evidential_loss,
+    fuse_opinions,
+    opinion,
+    reliability,
+)
 from nnunet_ssl.functional.features import feature_cosine, feature_l1
 from nnunet_ssl.functional.mixing import exchange, random_boxes
 from nnunet_ssl.functional.outputs import confidence, downsample, full_res, hard_labels, to_prob
@@ -24,29 +36,42 @@ from nnunet_ssl.functional.pseudo_loss import deep_supervised, pseudo_ce_dice
 from nnunet_ssl.functional.ramps import rampup_between, sigmoid_rampup
 
 __all__ = [
+    "Opinion",
     "add_noise",
     "apply_flips",
     "apply_rot90",
+    "binary_logits",
     "cached_gradients",
     "confidence",
+    "curriculum_weight",
+    "cutmix",
+    "cutmix_boxes",
     "deep_supervised",
+    "dirichlet_logits",
     "downsample",
     "ema_decay_at",
     "ema_update",
     "exchange",
     "feature_cosine",
     "feature_l1",
+    "fisher_evidential_loss",
     "full_res",
+    "fuse_opinions",
     "hard_labels",
     "largest_component",
     "largest_component_regions",
+    "normalized_entropy",
+    "opinion",
     "prob_mse",
     "pseudo_ce_dice",
     "rampup_between",
     "random_blocks",
     "random_boxes",
     "random_flips",
+    "random_partners",
     "random_rot90",
+    "relative_rank",
+    "reliability",
     "sigmoid_mse",
     "sigmoid_rampup",
     "softmax_mse",

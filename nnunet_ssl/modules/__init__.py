@@ -2,6 +2,7 @@
 
 from nnunet_ssl.modules.brake import ClassBrake, class_shares
 from nnunet_ssl.modules.networks import MeanOfNetworks, linked_prob, other_network
+from nnunet_ssl.modules.perturb import dropout_factors, perturbed_forward
 from nnunet_ssl.modules.tap import Tapped, decode, tapped_forward
 from nnunet_ssl.modules.thresholds import ClassThresholds
 
@@ -12,7 +13,9 @@ __all__ = [
     "Tapped",
     "class_shares",
     "decode",
+    "dropout_factors",
     "linked_prob",
     "other_network",
+    "perturbed_forward",
     "tapped_forward",
 ]

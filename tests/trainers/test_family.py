@@ -24,6 +24,9 @@ FULL = {
     "SSLTrainerMeanTeacher": "+rampup=0",
     "SSLTrainerFixMatch": "+warmup=0+threshold=0",
     "SSLTrainerBCP": "+pretrain=0",
+    "SSLTrainerCPS": "+rampup=0",
+    "SSLTrainerUAMT": "+rampup=0+limit_start=1",
+    "SSLTrainerUniMatch": "+threshold=0",
     "SSLTrainerM3HL": "+pretrain=0",
 }
 # no unlabelled weight: the twin's step
@@ -35,6 +38,9 @@ NONE = {
     "SSLTrainer": "+unsup_weight=0",
     "SSLTrainerMeanTeacher": "+consistency_weight=0",
     "SSLTrainerFixMatch": "+unsup_weight=0",
+    "SSLTrainerCPS": "+unsup_weight=0",
+    "SSLTrainerUAMT": "+consistency_weight=0",
+    "SSLTrainerUniMatch": "+unsup_weight=0",
 }
 
 
