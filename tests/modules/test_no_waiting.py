@@ -23,6 +23,9 @@ def run_everything(device, spatial):
     f.ema_update(nn.Linear(2, 2, device=device), nn.Linear(2, 2, device=device), 0.9)
     inside = f.random_boxes(3, spatial, 0.5, 0.8, device=device)
     f.exchange(x, x, inside)
+    f.random_blocks(3, spatial, 4, 0.5, [1] * n, device=device)
+    for distance in (f.feature_l1, f.feature_cosine):
+        distance(x, x, valid)
     f.downsample(valid, [[1.0] * n, [0.5] * n])
     f.softmax_mse(logits, f.to_prob(logits, False), valid)
     f.sigmoid_mse(logits, f.to_prob(logits, True), multi)
