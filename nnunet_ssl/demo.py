@@ -6,14 +6,10 @@ Each step is a command that works the same on real data; it is printed before it
 import csv
 import json
 import os
-import re
 import shlex
 import shutil
-import subprocess
 import sys
-import sysconfig
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nnunet_ssl.commands import run_command
 from nnunet_ssl.doctor import VARIABLE, trainer_path
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.io import atomic_path, write_json
@@ -140,30 +137,8 @@ class Runner:
         """
         print(f"\n$ {shlex.join(command)}", flush=True)
         log = self.folder / "logs" / f"{step}.log"
-        program = Path(sysconfig.get_path("scripts")) / command[0]
-        last: deque[str] = deque(maxlen=15)
-        with (
-            log.open("w") as file,
-            tqdm(total=epochs, unit="epoch", disable=epochs is None, file=sys.stdout) as bar,
-            subprocess.Popen(
-                [str(program), *command[1:]],
-                env=self.environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            ) as process,
-        ):
-            assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                last.append(line)
-                if re.search(r"Epoch time: ", line):
-                    bar.update()
-        if process.returncode != 0:
-            raise UserError(
-                f"The demo's command {command[0]} failed with code {process.returncode} "
-                f"(below 0: ended by that signal):\n{''.join(last)}Whole output: {log}"
-            )
+        with tqdm(total=epochs, unit="epoch", disable=epochs is None, file=sys.stdout) as bar:
+            run_command(command, log, self.environment, bar.update)
 
 
 def write_small_plans(preprocessed: Path) -> None:

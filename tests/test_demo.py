@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_ssl import demo
+from nnunet_ssl import commands, demo
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.synthetic import ORGANS, make_case, write_dataset
 
@@ -68,7 +68,7 @@ def test_failing_command_tells_its_last_lines_and_its_log(tmp_path, monkeypatch)
     program = tmp_path / "broken"
     program.write_text(f"#!{sys.executable}\nprint('the reason')\nraise SystemExit(3)\n")
     program.chmod(0o755)
-    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(commands.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(UserError, match=r"(?s)broken failed with code 3.*the reason.*step\.log"):
         demo.Runner(tmp_path, {})("step", ["broken"])
     assert "the reason" in (tmp_path / "logs" / "step.log").read_text()

@@ -143,8 +143,16 @@ def _find_class(package: str, name: str, option: str) -> type:
     return found
 
 
-def _default_plans_name(planner_class: type) -> str:
+def plans_name_of(planner: str) -> str:
+    """Return the name that a planner gives its plans, for nnU-Net's `-p`.
 
+    Raises:
+        UserError: nnU-Net has no such planner.
+    """
+    return _default_plans_name(_find_class("experiment_planning", planner, "-pl"))
+
+
+def _default_plans_name(planner_class: type) -> str:
     return inspect.signature(planner_class).parameters["plans_name"].default
 
 

@@ -158,7 +158,7 @@ def split_dataset(
         hidden_folder: where test cases and hidden masks go, outside every nnU-Net folder; default
             `<parent of nnUNet_raw>/nnunet_ssl_heldout/<new name>`.
         copy: copy files instead of linking to them.
-        name: replaces the NAME part of the source in the new name.
+        name: NAME part of the new name; default: the source's, number of labels and draw.
 
     Returns:
         The new raw folder. Its split.json tells where every case came from and went.
@@ -178,9 +178,10 @@ def split_dataset(
     rest, test_cases = take_test(order, chosen, groups)
     keep, hide = draw_labeled(rest, labeled, draw, groups)
 
-    stem = name or source_folder.name.split("_", 1)[-1]
-    drawn = f"_draw{draw}" if draw else ""
-    new_name = f"Dataset{new_id:03d}_{stem}_{labeled}labeled{drawn}"
+    if name is None:
+        stem = source_folder.name.split("_", 1)[-1]
+        name = f"{stem}_{labeled}labeled" + (f"_draw{draw}" if draw else "")
+    new_name = f"Dataset{new_id:03d}_{name}"
     target = raw_root / new_name
     if hidden_folder is None:
         hidden_folder = raw_root.resolve().parent / "nnunet_ssl_heldout" / new_name

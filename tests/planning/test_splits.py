@@ -159,7 +159,7 @@ def test_split_by_list_with_test_file(source, roots, tmp_path):
     order.write_text("# seeded\ntr_007\n\ntr_002\ntr_009\n tr_000 \n")
     test.write_text("tr_001\ntr_009\n")
     new = split_dataset(901, 902, labeled=1, list_file=order, test=test, name="Few", copy=True)
-    assert new.name == "Dataset902_Few_1labeled"
+    assert new.name == "Dataset902_Few"
     split = json.loads((new / "split.json").read_text())
     assert split["labeled"] == ["tr_007"]
     assert split["unlabeled"] == ["tr_002", "tr_000"]

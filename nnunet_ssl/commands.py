@@ -1,0 +1,71 @@
+"""Run a command, keep all it says, follow the epochs of a training."""
+
+import shlex
+import subprocess
+import sysconfig
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from nnunet_ssl.errors import UserError
+
+LAST_LINES = 15
+EPOCH_ENDS = "Epoch time: "  # in a line of nnU-Net's training
+
+
+def run_command(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    on_epoch: Callable[[], object] | None = None,
+) -> None:
+    """Run a command that is installed beside this Python.
+
+    Args:
+        command: name and arguments.
+        log: the command and its output are added to this file.
+        environment: of the command, whole.
+        on_epoch: called at the end of each training epoch.
+
+    Raises:
+        UserError: it failed; tells its last lines and its log.
+    """
+    program = Path(sysconfig.get_path("scripts")) / command[0]
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    with log.open("a") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
+        process = subprocess.Popen(
+            [str(program), *command[1:]],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                last.append(line)
+                if on_epoch is not None and EPOCH_ENDS in line:
+                    on_epoch()
+
+        # a thread: workers of a training that was killed would keep the pipe open for ever
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        try:
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        reader.join(timeout=10)
+    if process.returncode != 0:
+        raise UserError(
+            f"The command {command[0]} failed with code {process.returncode} (below 0: ended by "
+            f"that signal):\n{''.join(last)}Whole output: {log}"
+        )

@@ -1,0 +1,620 @@
+"""`nnunet_ssl benchmark`: a spec's cells, each split, planned, trained, predicted and evaluated."""
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_ssl.doctor import VARIABLE, trainer_path
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.cells import STOCK, STOCK_EPOCHS, STOCK_ITERATIONS, Cell, chosen, expand
+from nnunet_ssl.evaluation.runner import (
+    Launcher,
+    LocalLauncher,
+    SubmititLauncher,
+    duration,
+    locked,
+    run_tasks,
+    write_tables,
+    write_task,
+)
+from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, read_spec
+from nnunet_ssl.evaluation.tasks import TASK, is_done, read_state, read_task
+from nnunet_ssl.io import write_json, write_text
+from nnunet_ssl.planning.api import plans_name_of
+from nnunet_ssl.planning.raw import RawDataset, inspect_case, list_cases
+from nnunet_ssl.planning.splits import (
+    atomic_folders,
+    draw_labeled,
+    place_cases,
+    read_annotated,
+    read_case_list,
+    read_groups,
+    take_test,
+)
+from nnunet_ssl.planning.workers import Workers
+
+FORMAT = 1
+NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+SMALL_PLANS = "nnUNetSmallPlans"
+HASHES = "hashes.json"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The fully annotated source of a benchmark, parted into training and test cases.
+
+    Attributes:
+        raw: the source.
+        training: cases in order.
+        test: case -> image files.
+        groups: case -> group, or None.
+        test_images: folder; None: to be made from cases of the source.
+        test_labels: folder; None likewise.
+    """
+
+    raw: RawDataset
+    training: list[str]
+    test: dict[str, list[Path]]
+    groups: dict[str, str] | None
+    test_images: Path | None
+    test_labels: Path | None
+
+    def count(self) -> int:
+        """Training cases, or groups of them."""
+        return len({self.groups[c] for c in self.training} if self.groups else self.training)
+
+
+def run_benchmark(
+    spec: Path,
+    folder: Path,
+    *,
+    workers: int = 1,
+    launcher: str = "local",
+    only: Sequence[str] | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Run what a spec asks for and is not there yet.
+
+    Writes runs.json and results.csv into `folder`, and beside them the folders of nnU-Net, of the
+    test cases and of each cell.
+
+    Args:
+        spec: YAML file, see docs/benchmark.md.
+        folder: made, or that of an earlier run of the same spec.
+        workers: cells at a time on this machine.
+        launcher: "local", or "slurm" for a job per cell.
+        only: words; cells whose id contains one of them.
+        dry_run: print the cells, run and write nothing.
+
+    Returns:
+        0, or 1 if a cell failed.
+
+    Raises:
+        UserError: the spec, the data or the folder do not fit; before anything runs.
+    """
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; give 1 or more.")
+    checked, folder = read_spec(spec), Path(folder).resolve()
+    data = read_data(checked)
+    cells = expand(checked, data.count())
+    wanted = chosen(cells, only)
+    plan = build_tasks(checked, data, cells, folder, workers)
+    check_folder(folder, plan)
+    print_table(folder, cells, wanted)
+    if dry_run:
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        check_leaks(data, folder)
+        where: Launcher = (
+            SubmititLauncher(folder / "submitit", checked.device)
+            if launcher == "slurm"
+            else LocalLauncher(workers)
+        )
+        write_text(checked.text, folder / "spec.yaml")
+        if not data.test_images:
+            place_once(data.raw, list(data.test), folder / "test")
+        for task_folder, task in plan.items():
+            renew_if_changed(task_folder, task)
+            write_task(task_folder, task)
+            hidden = task["split"]["unlabeled"][: checked.pseudo_labels] if "split" in task else []
+            if hidden:
+                place_once(data.raw, hidden, folder / "pseudo_labels" / task_folder.name)
+        places = [folder / "cells" / cell.id for cell in cells]
+        head = describe(checked, data, folder)
+
+        def write() -> None:
+            write_tables(folder, head, places)
+
+        write()
+        needs = order_tasks(folder, wanted, plan)
+        run_tasks(needs, where, write)
+        write()
+    failed = [c.id for c in wanted if not is_done(folder / "cells" / c.id)]
+    print(f"{len(wanted) - len(failed)} of {len(wanted)} cells are done: {folder / 'results.csv'}")
+    if failed:
+        print(f"Failed: {', '.join(failed)}. The same command tries them again.")
+    else:
+        print(f"Next: nnunet_ssl report {shlex.quote(str(folder))} -o report.html")
+    return int(bool(failed))
+
+
+# --- the data -----------------------------------------------------------------------------------
+
+
+def read_data(spec: Spec) -> Data:
+    """Find source, order, groups and test cases of a spec; no image is opened.
+
+    Raises:
+        UserError: names the spec's line and key, or the file.
+    """
+    source = find_source(spec)
+    raw = read_annotated(source)
+    converted = read_conversion(source)
+    if converted and converted["protocol"] != spec.protocol:
+        raise spec.error(
+            "protocol",
+            f"is {spec.protocol}, but {source} was converted as {converted['protocol']}. Correct "
+            f"one of them; the two are never mixed.",
+        )
+    order = (
+        read_case_list(spec.order, raw)
+        if spec.order
+        else list(converted.get("order") or sorted(raw.labeled))
+    )
+    absent = [case for case in order if case not in raw.labeled]
+    if absent:
+        raise UserError(
+            f"{source / 'conversion.json'} orders {absent[0]}, which is not in imagesTr. Convert "
+            f"the data set again, without --labeled."
+        )
+    groups = read_groups(spec.groups) if spec.groups else converted.get("groups") or None
+    images = labels = None
+    if spec.test.last is not None:
+        training, names = take_test(order, spec.test.last, groups)
+    elif spec.test.names is not None:
+        training, names = take_test(order, read_case_list(spec.test.names, raw), groups)
+    else:
+        training, names = list(order), []
+        images, labels = held_out_folders(spec, source, converted)
+    if images and labels:
+        channels = len(next(iter(raw.labeled.values())))
+        test = list_cases(images, raw.file_ending, channels)
+        for case in test:
+            if not (labels / f"{case}{raw.file_ending}").is_file():
+                raise UserError(f"{labels / (case + raw.file_ending)} is missing. Add the mask.")
+    else:
+        test = {case: raw.labeled[case] for case in names}
+    data = Data(raw, training, test, groups, images, labels)
+    for budget in spec.labeled:
+        if budget >= data.count():
+            raise spec.error(
+                "labeled",
+                f"{budget} leaves nothing unlabelled: {data.count()} "
+                f"{'groups' if groups else 'cases'} are for training. Give fewer.",
+            )
+    return data
+
+
+def find_source(spec: Spec) -> Path:
+    """Return the folder of the source: a path, seen from the spec, or a name below nnUNet_raw."""
+    below = os.environ.get("nnUNet_raw")
+    places = [spec.file.parent / spec.source, *([Path(below) / spec.source] if below else [])]
+    for place in places:
+        if (place / "dataset.json").is_file():
+            return place.resolve()
+    raise spec.error(
+        "dataset.source",
+        f"no dataset.json in {' or '.join(map(str, places))}. Convert the data set (the spec's "
+        f"comment tells the command), or set nnUNet_raw to the folder that holds it.",
+    )
+
+
+def read_conversion(source: Path) -> dict:
+    """Return conversion.json, empty if the data set was not made by our converters."""
+    path = source / "conversion.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}. Convert the data set again.") from error
+
+
+def held_out_folders(spec: Spec, source: Path, converted: Mapping) -> tuple[Path, Path]:
+    """Return folders with images and masks of test cases that are not in the source."""
+    if spec.test.folders:
+        return spec.test.folders
+    part = spec.test.part
+    if not converted:
+        raise spec.error(
+            "test.set",
+            f"{source} has no conversion.json, which tells where its {part} cases are. Make it "
+            f"with nnunet_ssl convert, or use test: last, list or images and labels.",
+        )
+    held = Path(converted["heldout"])
+    images, labels = held / f"{part}_images", held / f"{part}_labels"
+    if not images.is_dir():
+        raise spec.error("test.set", f"{images} does not exist. Convert the data set again.")
+    return images, labels
+
+
+def check_leaks(data: Data, folder: Path) -> None:
+    """Compare the content of all images; hashes are kept for the next start.
+
+    Raises:
+        UserError: a test image is also a training image, or an image cannot be read.
+    """
+    path = folder / HASHES
+    known: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+    paths = {case: data.raw.labeled[case] for case in data.training}
+    sides = [paths, data.test]
+    keys = [{case: _stamp(files) for case, files in side.items()} for side in sides]
+    missing = {
+        key: side[case]
+        for side, stamps in zip(sides, keys, strict=True)
+        for case, key in stamps.items()
+        if key not in known
+    }
+    if missing:
+        reader = data.raw.reader_writer()
+        jobs = [(files, reader, data.raw.num_channels) for files in missing.values()]
+        with Workers(min(4, os.cpu_count() or 1)) as workers:
+            infos = workers.map(inspect_case, jobs, "Comparing test and training images")
+        known |= {key: info.content for key, info in zip(missing, infos, strict=True)}
+        write_json(known, path)
+    trained = {known[key]: case for case, key in keys[0].items()}
+    for case, key in keys[1].items():
+        if known[key] in trained:
+            twin = trained[known[key]]
+            raise UserError(
+                f"The test image {data.test[case][0]} is the same as the training image "
+                f"{paths[twin][0]}. Take one of {case} and {twin} out of order and test."
+            )
+
+
+def _stamp(files: Sequence[Path]) -> str:
+    """Path, size and time of the files: the same stamp means the same content."""
+    stats = [(str(f.resolve()), f.stat()) for f in files]
+    return "|".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
+
+
+def place_once(raw: RawDataset, cases: Sequence[str], target: Path) -> None:
+    """Link cases of the source into `target/images` and `target/labels`, unless they are there."""
+    if target.is_dir():
+        if {p.name for p in (target / "labels").iterdir()} == {raw.masks[c].name for c in cases}:
+            return
+        shutil.rmtree(target)  # of a spec that no cell has begun with
+    with atomic_folders(target) as (part,):
+        place_cases(raw, cases, part / "images", part / "labels")
+
+
+def test_folders(data: Data, folder: Path) -> tuple[Path, Path]:
+    """Return the folders of test images and masks."""
+    if data.test_images and data.test_labels:
+        return data.test_images, data.test_labels
+    return folder / "test" / "images", folder / "test" / "labels"
+
+
+# --- the tasks ----------------------------------------------------------------------------------
+
+
+def build_tasks(
+    spec: Spec, data: Data, cells: Sequence[Cell], folder: Path, workers: int
+) -> dict[Path, dict]:
+    """Return task folder -> task, of the data sets and the cells; nothing is written."""
+    built: dict[Path, dict] = {}
+    for cell in cells:
+        place = folder / "datasets" / dataset_name(data, cell)
+        if place not in built:
+            built[place] = dataset_task(spec, data, cell, place, folder, built)
+        built[folder / "cells" / cell.id] = cell_task(
+            spec, data, cell, built[place], place.name, folder, workers
+        )
+    return built
+
+
+def dataset_name(data: Data, cell: Cell) -> str:
+    """Name of the data set a cell trains on: one per budget and draw, own ones for extra rows."""
+    parts = [data.raw.folder.name.split("_", 1)[-1]]
+    if cell.role in ("stock", "bound"):
+        parts.append(cell.role)
+    parts.append("all" if cell.role == "bound" else f"{cell.budget}labeled")
+    if cell.draw:
+        parts.append(f"draw{cell.draw}")
+    return "_".join(parts)
+
+
+def dataset_task(
+    spec: Spec, data: Data, cell: Cell, place: Path, folder: Path, built: Mapping[Path, dict]
+) -> dict:
+    """Split and plan; stock rows and the bound see annotated cases only, and stock planning."""
+    labeled, unlabeled = draw_labeled(data.training, cell.budget, cell.draw, data.groups)
+    supervised = cell.role in ("stock", "bound")
+    if supervised:
+        unlabeled = []
+    number = dataset_id(place, built)
+    name = f"Dataset{number:03d}_{place.name}"
+    stock = cell.role == "stock"
+    planner = "ExperimentPlanner" if stock else spec.planner
+    planned = plans_name_of(planner)
+    small = spec.plans if not stock else None
+    program = ["nnUNetv2_plan_and_preprocess"]
+    if not supervised:
+        program = ["nnunet_ssl", "plan_and_preprocess"]
+    processes = str(min(4, os.cpu_count() or 1))
+    command = [*program, "-d", str(number), "-c", spec.configuration, "-pl", planner]
+    command += ["-np", processes, "-npfp", processes]
+    return {
+        "definition": {
+            "dataset": str(data.raw.folder),
+            "annotated cases": labeled,
+            "cases without masks": unlabeled,
+            "configuration": spec.configuration,
+            "planner": planner,
+            "plans": small and vars(small),
+        },
+        "environment": environment(folder, 1),
+        "split": {
+            "source": str(data.raw.folder),
+            "id": number,
+            "name": place.name,
+            "labeled": labeled,
+            "unlabeled": unlabeled,
+            "inside": [
+                str(folder / "nnUNet_raw" / name),
+                str(folder / "nnunet_ssl_heldout" / name),
+                str(folder / "nnUNet_preprocessed" / name),
+            ],
+        },
+        "plan": {
+            "command": command,
+            "preprocessed": str(folder / "nnUNet_preprocessed" / name),
+            "configuration": spec.configuration,
+            "planned": planned,
+            "plans": SMALL_PLANS if small else planned,
+            "small": small and vars(small),
+        },
+    }
+
+
+def dataset_id(place: Path, built: Mapping[Path, dict]) -> int:
+    """Id of a data set: the one it has, else the first free one."""
+    if (place / TASK).is_file():
+        return read_task(place)["split"]["id"]
+    taken = {task["split"]["id"] for task in built.values() if "split" in task}
+    if place.parent.is_dir():
+        taken |= {read_task(p.parent)["split"]["id"] for p in place.parent.glob(f"*/{TASK}")}
+    return next(number for number in range(1, 1000) if number not in taken)
+
+
+def environment(folder: Path, workers: int, results: str = "nnUNet_results") -> dict[str, str]:
+    """Variables of the commands: nnU-Net's folders inside ours; processes shared by the workers."""
+    cores = os.cpu_count() or 1
+    paths = {name: str(folder / name) for name in NNUNET_FOLDERS}
+    return {
+        **paths,
+        "nnUNet_results": str(folder / results),
+        VARIABLE: trainer_path(),
+        "nnUNet_n_proc_DA": os.environ.get(
+            "nnUNet_n_proc_DA", str(max(2, min(12, cores // workers)))
+        ),
+        "nnUNet_def_n_proc": os.environ.get("nnUNet_def_n_proc", str(min(8, cores))),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def cell_task(
+    spec: Spec,
+    data: Data,
+    cell: Cell,
+    dataset: dict,
+    dataset_place: str,
+    folder: Path,
+    workers: int,
+) -> dict:
+    """Train, predict and evaluate."""
+    place = folder / "cells" / cell.id
+    number, plans = str(dataset["split"]["id"]), dataset["plan"]["plans"]
+    name = Path(dataset["split"]["inside"][0]).name
+    # nnU-Net's own trainer has no seed in its name, so its runs need folders of their own
+    results = f"nnUNet_results/seed{cell.seed}" if cell.role == "stock" else "nnUNet_results"
+    model = folder / results / name / f"{cell.trainer}__{plans}__{spec.configuration}"
+    options = ["-tr", cell.trainer, "-p", plans, "-device", spec.device]
+    train = ["nnUNetv2_train", number, spec.configuration, cell.fold, *options]
+    exporters = str(max(1, min(3, (os.cpu_count() or 1) // 2)))
+    images, labels = test_folders(data, folder)
+
+    def predict(images: Path, output: Path, checkpoint: str, mirroring: bool) -> list[str]:
+        command = ["nnUNetv2_predict", "-i", str(images), "-o", str(output), "-d", number]
+        command += ["-c", spec.configuration, "-f", cell.fold, *options, "-chk", checkpoint]
+        command += ["-step_size", f"{spec.step_size:g}", "-npp", exporters, "-nps", exporters]
+        return command if mirroring else [*command, "--disable_tta"]
+
+    hidden = dataset["split"]["unlabeled"][: spec.pseudo_labels]
+    pseudo_labels = None
+    if hidden and cell.role in ("method", "twin"):
+        held = folder / "pseudo_labels" / dataset_place
+        checkpoints = {100 * f: f"checkpoint_at_{100 * f:g}.pth" for f in PSEUDO_LABELS_AT}
+        moments = []
+        for progress, checkpoint in {**checkpoints, 100: "checkpoint_final.pth"}.items():
+            output = place / "pseudo_labels" / f"at_{progress:g}"
+            moments.append(
+                {
+                    "progress": progress,
+                    # as in training: no mirroring
+                    "command": predict(held / "images", output, checkpoint, False),
+                    "evaluate": {
+                        "ground_truth": str(held / "labels"),
+                        "predictions": str(output),
+                    },
+                }
+            )
+        pseudo_labels = {"moments": moments}
+    return {
+        "definition": {
+            **dataset["definition"],
+            "protocol": spec.protocol,
+            "test cases": sorted(data.test),
+            "trainer": cell.trainer,
+            "predict": {"mirroring": spec.mirroring, "step_size": spec.step_size},
+            "evaluate": {"units": spec.units, "tolerance": spec.tolerance},
+            "pseudo_labels": len(hidden) if pseudo_labels else 0,
+        },
+        "environment": environment(folder, workers, results),
+        "row": {k: v for k, v in vars(cell).items() if k != "epochs"},
+        "train": {
+            "command": train,
+            "model": str(model / f"fold_{cell.fold}"),
+            "epochs": cell.epochs,
+            "configuration": spec.configuration,
+            "device": spec.device,
+            "stock_steps": STOCK_EPOCHS * STOCK_ITERATIONS if cell.trainer == STOCK else None,
+        },
+        "predict": {
+            "command": predict(
+                images, place / "predictions", "checkpoint_final.pth", spec.mirroring
+            )
+        },
+        "evaluate": {
+            "ground_truth": str(labels),
+            "predictions": str(place / "predictions"),
+            "dataset_json": str(data.raw.folder / "dataset.json"),
+            "units": spec.units,
+            "tolerance": spec.tolerance,
+            "processes": max(1, (os.cpu_count() or 1) // workers),
+        },
+        "pseudo_labels": pseudo_labels,
+    }
+
+
+def order_tasks(
+    folder: Path, cells: Sequence[Cell], plan: Mapping[Path, dict]
+) -> dict[Path, Path | None]:
+    """Return the tasks of some cells, each with the data set it needs, which comes first."""
+    needs: dict[Path, Path | None] = {}
+    for cell in cells:
+        place = folder / "cells" / cell.id
+        wanted = plan[place]["train"]["command"][1]
+        dataset = next(
+            p for p, t in plan.items() if "split" in t and str(t["split"]["id"]) == wanted
+        )
+        needs.setdefault(dataset, None)
+        needs[place] = dataset
+    return needs
+
+
+# --- an existing folder -------------------------------------------------------------------------
+
+
+def check_folder(folder: Path, plan: Mapping[Path, dict]) -> None:
+    """Check that a folder is empty, or ours and made with settings that its cells still fit.
+
+    Raises:
+        UserError: names the key that differs and both values.
+    """
+    if not folder.is_dir() or not any(p.name != ".lock" for p in folder.iterdir()):
+        return
+    if not (folder / "spec.yaml").is_file() and not (folder / HASHES).is_file():
+        raise UserError(f"{folder} holds other files. Give an empty or new folder with -o.")
+    for place, task in plan.items():
+        if "train" not in task or not (place / TASK).is_file() or not has_begun(place):
+            continue
+        before = read_task(place)["definition"]
+        for key, value in json.loads(json.dumps(task["definition"])).items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"Cell {place.name} in {folder} has begun with another spec: {key} was "
+                    f"{short(before.get(key))}, now it is {short(value)}. Give a new folder with "
+                    f"-o, or put {key} back."
+                )
+
+
+def has_begun(place: Path) -> bool:
+    """Tell whether a cell's training has left anything."""
+    stages = read_state(place)["stages"]
+    model = Path(read_task(place)["train"]["model"])
+    return bool(stages) or any(model.glob("checkpoint_*.pth"))
+
+
+def short(value: Any) -> str:
+    """A value for a message."""
+    shown = json.dumps(value)
+    return shown if len(shown) <= 120 else f"{shown[:117]}..."
+
+
+def renew_if_changed(place: Path, task: dict) -> None:
+    """Throw away a data set that was made for another spec; no cell has begun to use it."""
+    if "split" not in task or not (place / TASK).is_file():
+        return
+    if read_task(place)["definition"] != json.loads(json.dumps(task["definition"])):
+        for root in read_task(place)["split"]["inside"]:
+            shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(place)
+
+
+# --- what is told -------------------------------------------------------------------------------
+
+
+def describe(spec: Spec, data: Data, folder: Path) -> dict[str, Any]:
+    """Return what runs.json says beside the cells."""
+    images, labels = test_folders(data, folder)
+    known = data.raw.dataset_json["labels"]
+    command = ["nnunet_ssl", "benchmark", str(spec.file), "-o", str(folder)]
+    return {
+        "format": FORMAT,
+        "name": spec.name,
+        "about": spec.about,
+        "protocol": spec.protocol,
+        "dataset": data.raw.folder.name,
+        "configuration": spec.configuration,
+        "command": shlex.join(command),
+        "labels": {k: v for k, v in known.items() if k not in ("background", "ignore")},
+        "test": {
+            name: os.path.relpath(p, folder) if p.is_relative_to(folder) else str(p)
+            for name, p in (("images", images), ("labels", labels))
+        },
+        "units": "draws and seeds",
+    }
+
+
+def print_table(folder: Path, cells: Sequence[Cell], wanted: Sequence[Cell]) -> None:
+    """Print each cell with its state and its time, known or expected from cells like it."""
+    taken: dict[str, float] = {}
+    states: dict[str, str] = {}
+    for cell in cells:
+        place = folder / "cells" / cell.id
+        if not (place / TASK).is_file():
+            states[cell.id] = "waiting"
+            continue
+        state = read_state(place)
+        done = is_done(place)
+        states[cell.id] = "failed" if state["error"] else "done" if done else "waiting"
+        if done:
+            taken[cell.id] = sum(facts["seconds"] for facts in state["stages"].values())
+    like: dict[str, list[float]] = {}
+    for cell in cells:
+        if cell.id in taken:
+            like.setdefault(cell.name, []).append(taken[cell.id])
+    width = max(len(cell.id) for cell in wanted)
+    left = 0.0
+    for cell in wanted:
+        time = ""
+        if cell.id in taken:
+            time = duration(taken[cell.id])
+        elif cell.name in like:
+            expected = sum(like[cell.name]) / len(like[cell.name])
+            left += expected
+            time = f"about {duration(expected)}"
+        line = f"{cell.id:{width}}  {cell.role:13}  {states[cell.id]:7}  {time}"
+        print(line.rstrip())
+    count = sum(states[cell.id] != "done" for cell in wanted)
+    unknown = sum(states[c.id] != "done" and c.name not in like for c in wanted)
+    text = f"{len(wanted)} cells, {count} to run"
+    if left:
+        text += f", about {duration(left)}"
+        text += f" and {unknown} of unknown time" if unknown else ""
+    print(text, flush=True)

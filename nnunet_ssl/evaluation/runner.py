@@ -1,0 +1,344 @@
+"""Runs the tasks of a folder: several at a time, each in a process of its own, with progress."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation import tasks
+from nnunet_ssl.evaluation.tasks import LOGS, STATE, TASK, is_done, read_state, read_task
+from nnunet_ssl.history import LOG_NAME
+from nnunet_ssl.io import write_json
+
+POLL = 0.5  # seconds between two looks at the tasks
+LAST_LINES = 15
+
+
+class Launcher(Protocol):
+    """Starts tasks somewhere."""
+
+    slots: int  # tasks at a time
+
+    def start(self, folder: Path) -> Any:
+        """Start a task; return its handle."""
+
+    def ended(self, handle: Any) -> bool:
+        """Tell whether it has ended, well or not."""
+
+    def stop(self, handle: Any) -> None:
+        """End it, since the runner ends."""
+
+
+class LocalLauncher:
+    """Tasks as processes of this machine, which end when the runner does, however it ends.
+
+    Args:
+        workers: tasks at a time.
+    """
+
+    def __init__(self, workers: int):
+        self.slots = workers
+
+    def start(self, folder: Path) -> subprocess.Popen:
+        """Start a task."""
+        (folder / LOGS).mkdir(exist_ok=True)
+        with (folder / LOGS / "task.log").open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", tasks.__name__, str(folder)],
+                # not the current folder: in a checkout it hides the installed package
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
+                stdin=subprocess.PIPE,  # closes with the runner, which the task notices
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def ended(self, process: subprocess.Popen) -> bool:
+        """Tell whether a task has ended; whatever it left running ends, too."""
+        if process.poll() is None:
+            return False
+        self._end_group(process)
+        return True
+
+    def stop(self, process: subprocess.Popen) -> None:
+        """End a task and all that it started."""
+        self._end_group(process)
+        process.wait()
+
+    def _end_group(self, process: subprocess.Popen) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # macOS: the latter for ended groups
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+class SubmititLauncher:
+    """Tasks as jobs of a cluster. They go on when the runner ends; the next one finds them again.
+
+    Args:
+        folder: for submitit's files.
+        device: "cuda" asks for one GPU a job.
+        cluster: "slurm"; "local" for tests.
+    """
+
+    slots = sys.maxsize  # the queue decides
+
+    def __init__(self, folder: Path, device: str, cluster: str = "slurm"):
+        try:
+            import submitit
+        except ImportError as error:
+            raise UserError(
+                "--launcher slurm needs submitit. Run: pip install 'nnunet-ssl[slurm]'"
+            ) from error
+        try:
+            self.executor = submitit.AutoExecutor(folder / "%j", cluster=cluster)
+        except RuntimeError as error:  # no sbatch here
+            raise UserError(
+                f"--launcher slurm: {error}. Start the runner where sbatch is, or leave the option "
+                f"out to run on this machine."
+            ) from error
+        self.executor.update_parameters(
+            name="nnunet_ssl",
+            timeout_min=24 * 60,
+            cpus_per_task=8,
+            gpus_per_node=1 if device == "cuda" else 0,
+        )
+
+    def start(self, folder: Path) -> Any:
+        """Submit a task, unless an earlier runner's job for it is still there."""
+        note = folder / "job.txt"
+        if note.is_file():
+            job = self.executor.job_class(self.executor.folder, note.read_text().strip())
+            if not job.done():
+                return job
+        job = self.executor.submit(ClusterTask(folder))
+        note.write_text(job.job_id)
+        return job
+
+    def ended(self, job: Any) -> bool:
+        """Tell whether a job has ended."""
+        return job.done()
+
+    def stop(self, job: Any) -> None:
+        """Let it go on."""
+
+
+class ClusterTask:
+    """A task that submitit queues again when its time is over; it then goes on where it was."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self) -> int:
+        """Run the task."""
+        return tasks.run_task(self.folder)
+
+    def checkpoint(self) -> Any:
+        """Return what to queue again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runners out of a folder.
+
+    Raises:
+        UserError: one is at work there.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"Another runner works in {folder}. Wait for it, end it, or give another folder with "
+            f"-o; --workers N runs several cells at a time."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_task(folder: Path, task: Mapping[str, Any]) -> None:
+    """Make the folder of a task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(task, folder / TASK)
+
+
+def run_tasks(
+    needs: Mapping[Path, Path | None], launcher: Launcher, changed: Callable[[], None]
+) -> None:
+    """Run tasks; each starts when the one that it needs is done.
+
+    Args:
+        needs: folder of a task -> folder of the one it needs, in the order of their start.
+        launcher: where they run.
+        changed: called whenever a task has ended.
+    """
+    cells = [folder for folder in needs if needs[folder] is not None]
+    waiting = [folder for folder in needs if not is_done(folder)]
+    told = {folder: set(read_state(folder)["stages"]) for folder in waiting}
+    running: dict[Path, Any] = {}
+    ended = len(cells) - sum(folder in waiting for folder in cells)
+    layout = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} cells [{elapsed}<{remaining}]"
+    with tqdm(total=len(cells), initial=ended, bar_format=layout, disable=None) as bar:
+        try:
+            while waiting or running:
+                failed = {f for f in needs if f not in waiting and f not in running}
+                for folder in list(waiting):
+                    need = needs[folder]
+                    if need in failed and not is_done(need):
+                        fail(folder, f"{need.name} was not made: {read_state(need)['error']}")
+                        tqdm.write(f"{folder.name}: left out, {need.name} was not made")
+                    elif len(running) >= launcher.slots or (need and not is_done(need)):
+                        continue
+                    else:
+                        clear_error(folder)
+                        running[folder] = launcher.start(folder)
+                    waiting.remove(folder)
+                time.sleep(POLL)
+                for folder, handle in list(running.items()):
+                    over = launcher.ended(handle)
+                    tell_stages(folder, told[folder])
+                    if over:
+                        del running[folder]
+                        close(folder)
+                        ended += folder in cells
+                        changed()
+                bar.n = ended + sum(progress(f) for f in running if f in cells)
+                bar.refresh()
+        finally:
+            for handle in running.values():
+                launcher.stop(handle)
+
+
+def clear_error(folder: Path) -> None:
+    """Forget the error of an earlier attempt."""
+    state = read_state(folder)
+    if state["error"]:
+        write_json({**state, "error": None}, folder / STATE)
+
+
+def fail(folder: Path, error: str) -> None:
+    """Note why a task did not end well."""
+    write_json({**read_state(folder), "error": error}, folder / STATE)
+
+
+def close(folder: Path) -> None:
+    """Look at a task that has ended; tell its error."""
+    state = read_state(folder)
+    if is_done(folder):
+        return
+    if not state["error"]:  # it could not even say so itself
+        log = folder / LOGS / "task.log"
+        last = log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
+        reason = "It was ended from outside, most likely for lack of memory or time."
+        fail(folder, "\n".join([reason, *last]))
+        state = read_state(folder)
+    tqdm.write(f"{folder.name}: FAILED, {state['error']}\n  logs: {folder / LOGS}")
+
+
+def tell_stages(folder: Path, told: set[str]) -> None:
+    """Print a line for each stage that has been done since the last look."""
+    for stage, facts in read_state(folder)["stages"].items():
+        if stage not in told:
+            told.add(stage)
+            tqdm.write(f"{folder.name}: {stage} done, {duration(facts['seconds'])}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def progress(folder: Path) -> float:
+    """Share of a running task that is done, by the epochs of its training."""
+    if "train" in read_state(folder)["stages"]:
+        return 0.95
+    options = read_task(folder)["train"]
+    log = Path(options["model"]) / LOG_NAME
+    epochs = log.read_bytes().count(b"\n") if log.is_file() else 0
+    return 0.95 * min(1, epochs / options["epochs"])
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def write_tables(folder: Path, head: Mapping[str, Any], cells: Sequence[Path]) -> None:
+    """Write runs.json and results.csv from what the tasks have left.
+
+    Args:
+        folder: of the benchmark.
+        head: what runs.json says beside the cells.
+        cells: their task folders.
+    """
+    records = [record(folder, cell) for cell in cells]
+    rows: list[list[Any]] = []
+    keys = ("id", "name", "role", "budget", "draw", "seed", "fold")
+    for cell, run in zip(cells, records, strict=True):
+        if run["state"] == "done":
+            rows += [[run[k] for k in keys] + scores for scores in read_scores(cell)]
+    header = ["cell", *keys[1:], "case", "class", "metric", "unit", "value"]
+    tasks.write_csv(header, rows, folder / "results.csv")
+    write_json({**head, "cells": records}, folder / "runs.json")
+
+
+def read_scores(cell: Path) -> list[list[str]]:
+    """Return the rows of a cell's evaluation."""
+    with (cell / "evaluation" / "cases.csv").open(newline="") as file:
+        return [
+            [row[k] for k in ("case", "class", "metric", "unit", "value")]
+            for row in csv.DictReader(file)
+        ]
+
+
+def record(folder: Path, cell: Path) -> dict[str, Any]:
+    """Return what runs.json tells of a cell; paths inside the folder are relative to it."""
+    task, state = read_task(cell), read_state(cell)
+    stages = state["stages"]
+    facts = stages.get("train", {})
+    ssl_log = Path(task["train"]["model"]) / LOG_NAME
+    pseudo = cell / "pseudo_labels.csv"
+
+    def inside(path: Path) -> str:
+        return os.path.relpath(path, folder) if path.is_relative_to(folder) else str(path)
+
+    return {
+        **task["row"],
+        "state": "failed" if state["error"] else "done" if is_done(cell) else "waiting",
+        "error": state["error"],
+        "predictions": inside(Path(task["evaluate"]["predictions"])),
+        "ssl_log": inside(ssl_log) if ssl_log.is_file() else None,
+        "pseudo_labels": inside(pseudo) if pseudo.is_file() else None,
+        "log": inside(cell / LOGS),
+        "seconds": {
+            "train": facts.get("train_seconds"),
+            "predict": stages.get("predict", {}).get("seconds"),
+            "evaluate": stages.get("evaluate", {}).get("seconds"),
+        },
+        **{
+            key: facts.get(key)
+            for key in (
+                "peak_memory_mb",
+                "patches_per_second",
+                "patches",
+                "commit",
+                "versions",
+                "hardware",
+            )
+        },
+        "commands": [c for s in stages.values() for c in s.get("commands", [])],
+    }

@@ -1,0 +1,300 @@
+"""What a benchmark does in processes of their own: make a data set, or train and score a cell.
+
+A task is a folder with task.json (what to do), state.json (which stages are done) and logs. Each
+stage is done once; a task that was killed goes on with the stage it was in.
+
+    python -m nnunet_ssl.evaluation.tasks FOLDER
+"""
+
+import csv
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+import nnunet_ssl
+from nnunet_ssl.commands import EPOCH_ENDS, run_command
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.history import LOG_NAME, read_log
+from nnunet_ssl.io import write_json, write_text
+
+TASK, STATE, LOGS = "task.json", "state.json", "logs"
+PACKAGES = ("nnunet-ssl", "nnunetv2", "torch", "numpy", "batchgeneratorsv2")
+
+
+def read_state(folder: Path) -> dict:
+    """Return {"stages": {stage: facts}, "error": message or None} of a task."""
+    path = folder / STATE
+    return json.loads(path.read_text()) if path.is_file() else {"stages": {}, "error": None}
+
+
+def read_task(folder: Path) -> dict:
+    """Return what the task is to do."""
+    return json.loads((folder / TASK).read_text())
+
+
+def stages_of(task: dict) -> list[str]:
+    """Return the stages of a task in order."""
+    return [stage for stage in STAGES if task.get(stage) is not None]
+
+
+def is_done(folder: Path) -> bool:
+    """Tell whether all stages of a task are done."""
+    return set(stages_of(read_task(folder))) <= set(read_state(folder)["stages"])
+
+
+def run_task(folder: Path) -> int:
+    """Do the stages of a task that are not done yet.
+
+    Returns:
+        0, or 1 if a stage failed; state.json then holds its error.
+    """
+    folder = Path(folder)
+    (folder / LOGS).mkdir(exist_ok=True)
+    with FileLock(folder / ".lock"):  # a task of an earlier runner may still be at work
+        task, state = read_task(folder), read_state(folder)
+        os.environ.update(task["environment"])
+        for stage in stages_of(task):
+            if stage in state["stages"]:
+                continue
+            start = time.monotonic()
+            try:
+                facts = STAGES[stage](task, folder)
+            except Exception as error:
+                traceback.print_exc()
+                told = str(error) if isinstance(error, UserError) else repr(error)
+                state["error"] = f"{stage}: {told}"
+                write_json(state, folder / STATE)
+                return 1
+            seconds = {"seconds": round(time.monotonic() - start, 1)}
+            state["stages"][stage] = seconds | (facts or {})
+            state["error"] = None
+            write_json(state, folder / STATE)
+    return 0
+
+
+# --- stages of a data set -------------------------------------------------------------------------
+
+
+def split(task: dict, folder: Path) -> None:
+    """Make the raw data set; test cases are not in it."""
+    from nnunet_ssl.planning.splits import split_dataset
+
+    options = task["split"]
+    for root in options["inside"]:  # what an interrupted attempt left
+        shutil.rmtree(root, ignore_errors=True)
+    order = folder / "cases.txt"
+    write_text("\n".join([*options["labeled"], *options["unlabeled"]]) + "\n", order)
+    made = split_dataset(
+        Path(options["source"]),
+        options["id"],
+        labeled=len(options["labeled"]),
+        list_file=order,
+        name=options["name"],
+    )
+    assert str(made) == options["inside"][0], made
+
+
+def plan(task: dict, folder: Path) -> dict:
+    """Plan and preprocess; write plans of a small network beside the planned ones if asked for."""
+    from nnunet_ssl.planning.small import shrink_plans
+
+    options = task["plan"]
+    run_stage(options["command"], folder, "plan")
+    small = options["small"]
+    if small:
+        base = Path(options["preprocessed"])
+        plans = json.loads((base / f"{options['planned']}.json").read_text())
+        try:
+            made = shrink_plans(
+                plans,
+                options["configuration"],
+                small["features"],
+                small["patch"],
+                small["batch"],
+                small["convs_per_stage"],
+            )
+        except ValueError as error:
+            raise UserError(f"The plans of the spec do not fit: {error}.") from error
+        write_json({**made, "plans_name": options["plans"]}, base / f"{options['plans']}.json")
+    return {"commands": [options["command"]]}
+
+
+# --- stages of a cell -----------------------------------------------------------------------------
+
+
+def train(task: dict, folder: Path) -> dict:
+    """Train to the final checkpoint, from an earlier attempt's latest one if there is any."""
+    options = task["train"]
+    model = Path(options["model"])
+    command = list(options["command"])
+    if any(model.glob("checkpoint_*.pth")):
+        command.append("--c")
+    run_stage(command, folder, "train")
+    return {"commands": [options["command"]], **training_facts(task, folder)}
+
+
+def training_facts(task: dict, folder: Path) -> dict:
+    """Return what the training cost and on what it ran."""
+    options = task["train"]
+    records = read_log(Path(options["model"]) / LOG_NAME)
+    patches = {kind: sum(r["patches"][kind] for r in records) for kind in ("labeled", "unlabeled")}
+    seconds = sum(r["seconds"] for r in records)
+    peaks = [r["gpu_peak_mb"] for r in records if "gpu_peak_mb" in r]
+    if not records:  # nnU-Net's own trainer
+        log = (folder / LOGS / "train.log").read_text(errors="replace")
+        seconds = sum(float(s) for s in re.findall(rf"{EPOCH_ENDS}([\d.]+)", log))
+        patches["labeled"] = options["stock_steps"] * batch_size(options)
+    return {
+        "train_seconds": round(seconds, 1),
+        "patches": patches,
+        "patches_per_second": round(sum(patches.values()) / seconds, 2) if seconds else None,
+        "peak_memory_mb": {"gpu": max(peaks, default=None), "host": peak_of_children()},
+        "commit": commit(),
+        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "hardware": hardware(options["device"]),
+    }
+
+
+def batch_size(options: dict) -> int:
+    """Patches of a training step, from the plans in the model's folder."""
+    plans = json.loads((Path(options["model"]).parent / "plans.json").read_text())
+    return plans["configurations"][options["configuration"]]["batch_size"]
+
+
+def predict(task: dict, folder: Path) -> dict:
+    """Segment the test cases with the final checkpoint."""
+    command = task["predict"]["command"]
+    run_stage(command, folder, "predict")
+    return {"commands": [command]}
+
+
+def evaluate(task: dict, folder: Path) -> None:
+    """Score the segmentations."""
+    score(task["evaluate"], folder / "evaluation")
+
+
+def score(options: dict, output: Path) -> None:
+    """Score one folder of segmentations against annotations."""
+    from nnunet_ssl.evaluation.evaluate import evaluate_folder
+
+    evaluate_folder(
+        Path(options["ground_truth"]),
+        Path(options["predictions"]),
+        output,
+        dataset_json=Path(options["dataset_json"]),
+        units=options["units"],
+        tolerance=options["tolerance"],
+        processes=options["processes"],
+        quiet=True,
+    )
+
+
+def pseudo_labels(task: dict, folder: Path) -> dict:
+    """Score the deployed network on scans without masks, at some moments of training."""
+    rows = []
+    for moment in task["pseudo_labels"]["moments"]:
+        run_stage(moment["command"], folder, "pseudo_labels")
+        output = folder / "pseudo_labels" / f"evaluation_{moment['progress']:g}"
+        score({**task["evaluate"], **moment["evaluate"]}, output)
+        with (output / "cases.csv").open(newline="") as file:
+            rows += [
+                [moment["progress"], row["case"], row["class"], row["metric"], row["value"]]
+                for row in csv.DictReader(file)
+                if row["metric"] == "dice"
+            ]
+    write_csv(["progress", "case", "class", "metric", "value"], rows, folder / "pseudo_labels.csv")
+    return {"commands": [moment["command"] for moment in task["pseudo_labels"]["moments"]]}
+
+
+def write_csv(header: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
+    """Write a table atomically."""
+    from nnunet_ssl.io import atomic_path
+
+    with atomic_path(path) as part, part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+STAGES: dict[str, Callable[[dict, Path], dict | None]] = {
+    "split": split,
+    "plan": plan,
+    "train": train,
+    "predict": predict,
+    "evaluate": evaluate,
+    "pseudo_labels": pseudo_labels,
+}
+
+
+def run_stage(command: Sequence[str], folder: Path, stage: str) -> None:
+    """Run a command of a stage."""
+    run_command(command, folder / LOGS / f"{stage}.log", os.environ)
+
+
+# --- where it ran ---------------------------------------------------------------------------------
+
+
+def peak_of_children() -> int | None:
+    """Peak memory in MB of the largest process that this one has waited for."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return round(peak / 2 ** (20 if sys.platform == "darwin" else 10))
+
+
+def commit() -> str | None:
+    """Commit of the package's checkout, `-dirty` after it if files differ; None if installed."""
+    package = Path(nnunet_ssl.__file__).parent
+    git = ["git", "-C", str(package)]
+    try:
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=True
+        )
+        describe = [*git, "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
+        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Processor, cores and the GPU that was used."""
+    gpu = None
+    if device == "cuda" and shutil.which("nvidia-smi"):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        query = ["nvidia-smi", "-i", visible, "--query-gpu=name", "--format=csv,noheader"]
+        gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+    return {"cpu": processor(), "cores": os.cpu_count(), "gpu": gpu}
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def end_with_runner() -> None:
+    """Wait until the runner ends, then end this process and all that it started."""
+    sys.stdin.buffer.read()
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_with_runner, daemon=True).start()
+    sys.exit(run_task(Path(sys.argv[1])))
