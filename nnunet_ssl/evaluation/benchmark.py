@@ -108,6 +108,8 @@ def run_benchmark(
     print_table(folder, cells, wanted)
     if dry_run:
         return 0
+    if launcher == "local":
+        check_device(checked)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         check_leaks(data, folder)
@@ -142,6 +144,14 @@ def run_benchmark(
     else:
         print(f"Next: nnunet_ssl report {shlex.quote(str(folder))} -o report.html")
     return int(bool(failed))
+
+
+def check_device(spec: Spec) -> None:
+    """Raise UserError if there is no GPU where one is asked for."""
+    import torch
+
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise spec.error("device", "cuda (the default), but no CUDA GPU is found here. Set cpu.")
 
 
 # --- the data -----------------------------------------------------------------------------------
@@ -525,10 +535,10 @@ def check_folder(folder: Path, plan: Mapping[Path, dict]) -> None:
             continue
         before = read_task(place)["definition"]
         for key, value in json.loads(json.dumps(task["definition"])).items():
-            if before.get(key) != value:
+            if before.get(key, value) != value:
                 raise UserError(
                     f"Cell {place.name} in {folder} has begun with another spec: {key} was "
-                    f"{short(before.get(key))}, now it is {short(value)}. Give a new folder with "
+                    f"{short(before[key])}, now it is {short(value)}. Give a new folder with "
                     f"-o, or put {key} back."
                 )
 
@@ -563,7 +573,8 @@ def describe(spec: Spec, data: Data, folder: Path) -> dict[str, Any]:
     """Return what runs.json says beside the cells."""
     images, labels = test_folders(data, folder)
     known = data.raw.dataset_json["labels"]
-    command = ["nnunet_ssl", "benchmark", str(spec.file), "-o", str(folder)]
+    file = spec.file.name if spec.file.is_absolute() else str(spec.file)
+    command = ["nnunet_ssl", "benchmark", file, "-o", folder.name]
     return {
         "format": FORMAT,
         "name": spec.name,

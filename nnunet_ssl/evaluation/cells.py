@@ -1,6 +1,6 @@
 """The cells of a benchmark: which trainer runs with which budget, draw and seed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +72,67 @@ def twin_of(trainer: str) -> tuple[str, dict[str, str]]:
     return name, settings | {k: v for k, v in own.items() if k in known}
 
 
+@dataclass(frozen=True)
+class Place:
+    """What cells share that are to be compared; `label` starts their ids."""
+
+    label: str
+    budget: int
+    budget_name: str
+    draw: int = 0
+    seed: int | None = None  # None leaves it to the trainers
+    fold: str = "all"
+
+
+def make_cell(
+    role: Role,
+    trainer: str,
+    own: Mapping[str, str],
+    common: Mapping[str, str],
+    place: Place,
+    twin: str | None = None,
+) -> Cell:
+    """Return the cell of a trainer with its own and the common settings; its own ones win."""
+    settings = {**common, **own}
+    if place.seed is not None:
+        settings["seed"] = str(place.seed)
+    full = join(trainer, settings)
+    cls: Any = resolve(full)
+    shown = join(trainer, {k: v for k, v in own.items() if common.get(k) != v})
+    return Cell(
+        id=f"{place.label}_{shown}",
+        name=shown,
+        role=role,
+        trainer=full,
+        twin=twin,
+        budget=place.budget,
+        budget_name=place.budget_name,
+        draw=place.draw,
+        seed=place.seed or 0,
+        fold=place.fold,
+        step_cost=cls.step_cost,
+        epochs=cls.num_epochs,
+    )
+
+
+def with_twins(
+    trainers: Sequence[str], common: Mapping[str, str], place: Place
+) -> tuple[list[Cell], list[Cell]]:
+    """Return the twins of some trainers, each once, and the cells of the trainers themselves."""
+    twins: dict[str, Cell] = {}
+    methods = []
+    for trainer in trainers:
+        name, own = parts_of(trainer)
+        if not resolve(trainer).uses_unlabeled:  # type: ignore[attr-defined]
+            cell = make_cell("twin", name, own, common, place)
+            twins.setdefault(cell.id, cell)
+            continue
+        twin = make_cell("twin", *twin_of(trainer), common, place)
+        twins.setdefault(twin.id, twin)
+        methods.append(make_cell("method", name, own, common, place, twin.id))
+    return list(twins.values()), methods
+
+
 def expand(spec: Spec, training_groups: int) -> list[Cell]:
     """Return all cells: for each budget, draw and seed the trainers, each beside its twin.
 
@@ -85,108 +146,65 @@ def expand(spec: Spec, training_groups: int) -> list[Cell]:
     common = dict(spec.settings)
     if spec.pseudo_labels:
         common["keep_at"] = ",".join(f"{f:g}" for f in PSEUDO_LABELS_AT)
-    cells: dict[str, Cell] = {}
+    cells: list[Cell] = []
     for budget in spec.labeled:
         for draw in spec.draws:
             for seed in spec.seeds:
-                place = {"budget": budget, "draw": draw, "seed": seed}
-                for cell in _block(spec, common, **place):
-                    cells.setdefault(cell.id, cell)
+                label = f"{budget}labeled_draw{draw}_seed{seed}"
+                place = Place(label, budget, str(budget), draw, seed)
+                twins, methods = with_twins(spec.trainers, common, place)
+                cells += twins + methods
+                if "equal_compute" in spec.also:
+                    cells += longer_twins(methods, twins, common, place)
+                if "stock" in spec.also:
+                    cells.append(stock_cell(place, twins[0].id))
     if "bound" in spec.also:
         name, own = twin_of(spec.trainers[0])
         for seed in spec.seeds:
-            cell = make_cell(
-                "bound",
-                name,
-                own,
-                common,
-                budget=training_groups,
-                draw=0,
-                seed=seed,
-                budget_name="all",
-            )
-            cells[cell.id] = cell
-    for cell in cells.values():
+            place = Place(f"all_seed{seed}", training_groups, "all", 0, seed)
+            cells.append(make_cell("bound", name, own, common, place))
+    for cell in cells:
         folder = f"{cell.trainer}__{'x' * 20}__{spec.configuration}"
         if len(folder.encode()) > LONGEST_NAME:
             raise spec.error(
                 "settings", f"make a name too long for a folder: {cell.trainer}. Set less."
             )
-    return list(cells.values())
+    return cells
 
 
-def _block(
-    spec: Spec, common: Mapping[str, str], budget: int, draw: int, seed: int
-) -> Iterator[Cell]:
-    """Cells of one budget, draw and seed; twins first, so that differences come early."""
-    place: dict[str, Any] = {"budget": budget, "draw": draw, "seed": seed}
-    methods, longer = [], []
-    twins: dict[str, Cell] = {}
-    for trainer in spec.trainers:
-        name, own = parts_of(trainer)
-        twin = make_cell("twin", *twin_of(trainer), common, **place)
-        twins.setdefault(twin.id, twin)
-        if resolve(trainer).uses_unlabeled:  # type: ignore[attr-defined]
-            cell = make_cell("method", name, own, common, **place, twin=twin.id)
-            methods.append(cell)
-            if "equal_compute" in spec.also:
-                epochs = str(round(cell.step_cost * twin.epochs))
-                twin_name, twin_own = twin_of(trainer)
-                own = {**twin_own, "num_epochs": epochs}
-                longer.append(
-                    make_cell("equal_compute", twin_name, own, common, **place, twin=twin.id)
-                )
-        else:
-            cell = make_cell("twin", name, own, common, **place)
-            twins.setdefault(cell.id, cell)
-    yield from twins.values()
-    yield from methods
-    yield from longer
-    if "stock" in spec.also:
-        yield Cell(
-            id=f"{budget}labeled_draw{draw}_seed{seed}_stock",
-            name="nnUNetTrainer",
-            role="stock",
-            trainer=STOCK,
-            twin=next(iter(twins)),
-            budget_name=str(budget),
-            fold="all",
-            step_cost=1.0,
-            epochs=STOCK_EPOCHS,
-            **place,
+def longer_twins(
+    methods: Sequence[Cell], twins: Sequence[Cell], common: Mapping[str, str], place: Place
+) -> list[Cell]:
+    """Return the twins with as many epochs more as their methods' steps cost more."""
+    by_id = {twin.id: twin for twin in twins}
+    longer: dict[str, Cell] = {}
+    for method in methods:
+        twin = by_id[method.twin or ""]
+        name, own = parts_of(twin.name)
+        epochs = str(round(method.step_cost * twin.epochs))
+        cell = make_cell(
+            "equal_compute", name, {**own, "num_epochs": epochs}, common, place, twin.id
         )
+        if cell.id not in by_id:
+            longer.setdefault(cell.id, cell)
+    return list(longer.values())
 
 
-def make_cell(
-    role: Role,
-    trainer: str,
-    own: Mapping[str, str],
-    common: Mapping[str, str],
-    *,
-    budget: int,
-    draw: int,
-    seed: int,
-    twin: str | None = None,
-    budget_name: str | None = None,
-) -> Cell:
-    """Return the cell of a trainer with its own and the common settings; its own ones win."""
-    full = join(trainer, {**common, **own, "seed": str(seed)})
-    cls: Any = resolve(full)
-    shown = join(trainer, {k: v for k, v in own.items() if common.get(k) != v})
-    where = f"{budget}labeled_draw{draw}" if budget_name is None else budget_name
+def stock_cell(place: Place, twin: str) -> Cell:
+    """Return the cell of nnU-Net's own trainer with its own plans and schedule."""
     return Cell(
-        id=f"{where}_seed{seed}_{shown}",
-        name=shown,
-        role=role,
-        trainer=full,
+        id=f"{place.label}_stock",
+        name=STOCK,
+        role="stock",
+        trainer=STOCK,
         twin=twin,
-        budget=budget,
-        budget_name=budget_name or str(budget),
-        draw=draw,
-        seed=seed,
-        fold="all",
-        step_cost=cls.step_cost,
-        epochs=cls.num_epochs,
+        budget=place.budget,
+        budget_name=place.budget_name,
+        draw=place.draw,
+        seed=place.seed or 0,
+        fold=place.fold,
+        step_cost=1.0,
+        epochs=STOCK_EPOCHS,
     )
 
 

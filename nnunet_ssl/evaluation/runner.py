@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from nnunet_ssl.io import write_json
 
 POLL = 0.5  # seconds between two looks at the tasks
 LAST_LINES = 15
+# what training tells, beside its seconds
+FACTS = ("peak_memory_mb", "patches_per_second", "patches", "commit", "versions", "hardware")
 
 
 class Launcher(Protocol):
@@ -217,6 +220,8 @@ def run_tasks(
                         changed()
                 bar.n = ended + sum(progress(f) for f in running if f in cells)
                 bar.refresh()
+        except KeyboardInterrupt:
+            raise UserError("Stopped. The same command goes on where it was.") from None
         finally:
             for handle in running.values():
                 launcher.stop(handle)
@@ -329,16 +334,11 @@ def record(folder: Path, cell: Path) -> dict[str, Any]:
             "predict": stages.get("predict", {}).get("seconds"),
             "evaluate": stages.get("evaluate", {}).get("seconds"),
         },
-        **{
-            key: facts.get(key)
-            for key in (
-                "peak_memory_mb",
-                "patches_per_second",
-                "patches",
-                "commit",
-                "versions",
-                "hardware",
-            )
-        },
-        "commands": [c for s in stages.values() for c in s.get("commands", [])],
+        **{key: facts.get(key) for key in FACTS},
+        # as they would be typed in the folder
+        "commands": [
+            shlex.join(word.replace(f"{folder}/", "") for word in command)
+            for facts in stages.values()
+            for command in facts.get("commands", [])
+        ],
     }

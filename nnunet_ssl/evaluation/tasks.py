@@ -291,7 +291,7 @@ def processor() -> str:
 
 def end_with_runner() -> None:
     """Wait until the runner ends, then end this process and all that it started."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not through sys.stdin, which Python locks at its own end
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
