@@ -6,7 +6,8 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def write_text(text: str, path: str | os.PathLike) -> None:
 def write_json(obj: Any, path: str | os.PathLike) -> None:
     """Write `obj` as indented JSON to `path` atomically."""
     write_text(json.dumps(obj, indent=2) + "\n", path)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Drop what nnU-Net prints; errors still come out as exceptions."""
+    sink = StringIO()
+    with redirect_stdout(sink), redirect_stderr(sink):
+        yield
 
 
 def environment_folder(variable: str) -> Path:

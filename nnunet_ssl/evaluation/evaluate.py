@@ -24,16 +24,16 @@ from nnunetv2.imageio.reader_writer_registry import (
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import MAX_LISTED, UserError
 from nnunet_ssl.evaluation.metrics import DISTANCES, OVERLAPS, Scores, bounding_box, score_masks
 from nnunet_ssl.io import (
     atomic_path,
     check_complete,
     explain_os_error,
     has_nonfinite_nifti,
+    silence,
     write_json,
 )
-from nnunet_ssl.planning.raw import MAX_LISTED, silence
 from nnunet_ssl.planning.workers import Workers
 
 CASES_NAME, SUMMARY_NAME = "cases.csv", "summary.json"

@@ -1,9 +1,7 @@
 """The raw data set: which scans there are, and whether each can be used."""
 
-import contextlib
 import glob
 import hashlib
-import io
 import json
 import os
 import re
@@ -18,11 +16,9 @@ from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_ssl.errors import UserError
-from nnunet_ssl.io import check_complete, environment_folder, has_nonfinite_nifti
+from nnunet_ssl.errors import MAX_LISTED, UserError
+from nnunet_ssl.io import check_complete, environment_folder, has_nonfinite_nifti, silence
 from nnunet_ssl.planning.workers import Workers
-
-MAX_LISTED = 10  # bad cases named in one message
 
 
 def list_cases(folder: Path, file_ending: str, num_channels: int) -> dict[str, list[Path]]:
@@ -123,14 +119,6 @@ class RawDataset:
                 f"Cannot read {example}: no reader of nnU-Net opens it as {self.file_ending}. The "
                 f"file is damaged or cut short; copy or export it again."
             ) from error
-
-
-@contextlib.contextmanager
-def silence():
-    """Drop what nnU-Net prints; errors still come out as exceptions."""
-    sink = io.StringIO()
-    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        yield
 
 
 def find_raw_dataset(dataset_id: int) -> Path:
