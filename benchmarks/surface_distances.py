@@ -57,7 +57,7 @@ def main() -> None:
     results = [time_pair(*pair) for pair in tqdm(pairs, desc="Timing pairs")]
     content = {
         "what": __doc__.splitlines()[0],
-        "seconds": f"CPU time of hd95 + assd + asd of one pair; medpy once, else median of {REPEATS}",
+        "seconds": "CPU time of hd95 + assd + asd of one pair; median, medpy's once",
         "pairs": results,
         "command": shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
         "commit": subprocess.check_output(
