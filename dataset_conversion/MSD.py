@@ -66,6 +66,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
         channels=[about["modality"][k] for k in sorted(about["modality"], key=int)],
         labels={name: int(value) for value, name in about["labels"].items()},
         splits={"train": sorted(names)},
+        list_name="dataset.json, by name",
         about={k: about[k] for k in KEPT if k in about},
     )
 

@@ -7,18 +7,16 @@ from pathlib import Path
 
 from nnunet_ssl.errors import UserError
 
-SHARED = {"__init__", "core", "reading", "selection", "target", "writing"}
-
 
 def scripts() -> dict[str, str]:
-    """Return name -> first line of the docstring, of every data set."""
-    files = sorted(Path(__file__).parent.glob("*.py"), key=lambda p: p.stem.lower())
-    docs = {f.stem: ast.get_docstring(ast.parse(f.read_text())) for f in files}
-    return {
-        n: (d or "").partition("\n")[0].removeprefix(f"{n}: ")
-        for n, d in docs.items()
-        if n not in SHARED
-    }
+    """Return name -> first line of the docstring, of every data set (modules with `find`)."""
+    found = {}
+    for file in sorted(Path(__file__).parent.glob("*.py"), key=lambda p: p.stem.lower()):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if any(isinstance(part, ast.FunctionDef) and part.name == "find" for part in tree.body):
+            first = (ast.get_docstring(tree) or "").partition("\n")[0]
+            found[file.stem] = first.removeprefix(f"{file.stem}: ")
+    return found
 
 
 def overview() -> str:

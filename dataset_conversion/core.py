@@ -38,6 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.dataset_conversion.reading import files_below, hash_source, listed, read_list
@@ -297,6 +298,10 @@ def convert(script: Any, argv: Sequence[str]) -> int:
     voxels = {c: s["voxels"] for c, s in stamps.items()}
     duplicates, dropped = separate_duplicates(splits, groups, masked, voxels)
     labeled = choose_labeled(splits.train, groups, *pick)
+    annotated = {voxels[c] for c in labeled}
+    copies = {c for c in splits.train if c not in set(labeled) and voxels[c] in annotated}
+    dropped += sorted(copies)
+    splits.train = [c for c in splits.train if c not in copies]
     record = {
         "format": FORMAT,
         "name": target.name,
@@ -447,13 +452,12 @@ def _summary(
         f"  with masks {count(record['labeled'])}, without {count(record['unlabeled'])}",
         f"  held out (validation, test, hidden masks): {target.heldout}",
     ]
-    values = {v for v in release.labels.values() if isinstance(v, int) and v}
     annotated = {c: s["label_voxels"] for c, s in stamps.items() if s["label_voxels"]}
-    empty = [c for c, voxels in annotated.items() if not sum(voxels.get(str(v), 0) for v in values)]
+    empty = [c for c, voxels in annotated.items() if not sum(voxels.values()) - voxels["0"]]
     absent = [
         name
         for name, v in release.labels.items()
-        if v in values and not any(voxels.get(str(v)) for voxels in annotated.values())
+        if not any(voxels.get(str(k)) for k in np.atleast_1d(v) for voxels in annotated.values())
     ]
     remarks = {
         "named by the list but not in the source": record["missing"],
@@ -467,14 +471,14 @@ def _summary(
     if not release.spacing_known:
         lines.append("  NOTE: the source has no spacing; distances will be in voxels.")
     if not record["unlabeled"]:
-        lines.append("  All training cases have masks; --labeled N hides those of the others.")
+        lines.append("  All training cases keep their masks.")
     stale = os.environ.get("nnUNet_preprocessed", "")
     if stale and (Path(stale) / target.name).exists():
         lines.append(f"  NOTE: {Path(stale) / target.name} is older; preprocess again.")
-    step = "plan_and_preprocess" if record["unlabeled"] else "split"
-    lines.append(
-        f"Next: nnunet_ssl {step} -d {target.id}" + " -c 2d 3d_fullres" * (step != "split")
-    )
+    flat = all(stamp["dimension"] == 2 for stamp in stamps.values())
+    plan = f"plan_and_preprocess -d {target.id} -c 2d{'' if flat else ' 3d_fullres'}"
+    split = f"split -d {target.id} -o NEWID --labeled N"
+    lines.append(f"Next: nnunet_ssl {plan if record['unlabeled'] else split}")
     return "\n".join(lines)
 
 

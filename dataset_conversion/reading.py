@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import SimpleITK as sitk
@@ -15,6 +16,20 @@ from nnunet_ssl.io import check_complete, has_nonfinite_nifti
 
 JUNK = {"desktop.ini", "thumbs.db", "dicomdir", "__macosx"}
 MAX_LISTED = 10  # names in one message
+# what a path inside the source gives away, in small letters
+RELEASES = {
+    r"(^|/)lgemri\.nrrd$": "the challenge's release of LA",
+    r"(^|/)mri_norm2\.h5$": "the h5 release of LA",
+    r"(^|/)patient\d{3}_(4d|frame\d+(_gt)?)\.nii(\.gz)?$": "the challenge's release of ACDC",
+    r"(^|/)patient\d{3}_frame\d+(_slice_\d+)?\.h5$": "the h5 release of ACDC",
+    r"(^|/)pancreas_\d{4}/": "the TCIA release of PancreasCT",
+    r"(^|/)(image\d{4}_norm|\d{4})\.h5$": "an h5 release of PancreasCT",
+    r"(^|/)brats[^/]*_(flair|t1|t1ce|t2)\.nii(\.gz)?$": "BraTS",
+    r"(^|/)\d{3}_\d?hc(_annotation)?\.png$": "HC18",
+    r"(^|/)image_mha/": "PSFHS",
+    r"(^|/)case\d+_segmentation\.mhd$": "PROMISE12",
+    r"(^|/)task\d{2}_[^/]*/imagestr/|^imagestr/": "a task of MSD, or a data set of nnU-Net",
+}
 
 
 def is_junk(name: str) -> bool:
@@ -43,9 +58,16 @@ def files_below(folder: Path, *endings: str) -> list[Path]:
 
 
 def describe_folder(folder: Path) -> str:
-    """Say in a few words what a folder holds, e.g. `80 .h5, 2 .list`; for error messages."""
-    kinds = Counter(_suffix(p.name) for p in files_below(folder))
-    return ", ".join(f"{n} {k or 'without ending'}" for k, n in kinds.most_common(5)) or "no files"
+    """Say in a few words what a folder holds, and which release it looks like; for error messages.
+
+    For example `80 .h5, 2 .list: looks like the h5 release of LA`.
+    """
+    files = files_below(folder)
+    kinds = Counter(_suffix(p.name) for p in files)
+    text = ", ".join(f"{n} {k or 'without ending'}" for k, n in kinds.most_common(5)) or "no files"
+    paths = [p.relative_to(folder).as_posix().lower() for p in files]
+    likely = [name for sign, name in RELEASES.items() if any(re.search(sign, p) for p in paths)]
+    return f"{text}: looks like {' and '.join(likely)}" if likely else text
 
 
 def _suffix(name: str) -> str:
@@ -91,6 +113,8 @@ def read_image(path: Path) -> sitk.Image:
     else:
         try:
             check_complete(path)
+            if path.suffix.lower() in (".tif", ".tiff"):
+                _check_pages(path)
             image = sitk.ReadImage(str(path))
         except MemoryError:
             raise
@@ -101,6 +125,26 @@ def read_image(path: Path) -> sitk.Image:
         if has_nonfinite_nifti(path) or not all(np.isfinite(slab).all() for slab in slabs):
             raise UserError(f"{path} holds NaN or infinite values. Replace them, e.g. by 0.")
     return image
+
+
+def _check_pages(path: Path) -> None:
+    """Follow the chain of pages in a TIFF file; ITK silently leaves out those cut off."""
+    with open(path, "rb") as f:
+        head = f.read(8)
+        order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+        large = int.from_bytes(head[2:4], order) == 43  # BigTIFF
+        count_size, entry_size, place_size = (8, 20, 8) if large else (2, 12, 4)
+        place = int.from_bytes(f.read(8) if large else head[4:], order)
+        seen = set()
+        while place and place not in seen:
+            seen.add(place)
+            f.seek(place)
+            count = f.read(count_size)
+            f.seek(int.from_bytes(count, order) * entry_size, os.SEEK_CUR)
+            following = f.read(place_size)
+            if len(following) < place_size:
+                raise OSError(f"page {len(seen)} is cut off")
+            place = int.from_bytes(following, order)
 
 
 def _reason(path: Path, error: Exception) -> str:
