@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import contourpy
 import matplotlib
@@ -19,9 +20,11 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 from PIL import Image
 
 from nnunet_ssl.evaluation.statistics import MARGIN
+from nnunet_ssl.planning.raw import silence
 
 INK, MUTED, GRID, BAND = "#010203", "#040506", "#070809", "#0a0b0c"
 GOOD, BAD, TWIN = "#0d0e0f", "#101112", "#131415"
@@ -36,7 +39,7 @@ THEME = {
     TWIN: "var(--twin)",
     **{color: f"var(--c{k})" for k, color in enumerate(COLORS)},
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 12,
     "text.parse_math": False,  # names may hold a dollar sign
     "text.color": INK,
@@ -66,7 +69,7 @@ SLIM = [  # what matplotlib writes and the page does not need, or must not hold 
     (r"<metadata>.*?</metadata>", ""),
     (r"<style.*?</style>", ""),  # would style the whole page
     (r"<!--.*?-->", ""),
-    (r' id="[a-z0-9]+(\.[a-z]+)?_\d+"', ""),  # figure_1, line2d_1, ...
+    (r' id="[A-Za-z0-9]+(\.[a-z]+)?_\d+"', ""),  # figure_1, line2d_1, ...
     (r" font-family: [^;]*;", ""),  # the page's
     (r' transform="rotate\(-0 [^"]*"', ""),
     (r"(\d\.\d\d)\d+", r"\1"),  # a hundredth of a pixel is enough
@@ -136,9 +139,7 @@ def forest(title: str, effects: Sequence[Effect]) -> Markup:
                 axes.plot(effect.runs, [y] * len(effect.runs), "|", color=color, markersize=9)
             axes.plot(effect.mean, y, "o", color=color, markersize=6.5)
             values += [effect.mean, *effect.runs]
-            axes.text(
-                0, y + 0.24, effect.name, transform=axes.get_yaxis_transform(), va="bottom"
-            )
+            axes.text(0, y + 0.24, effect.name, transform=axes.get_yaxis_transform(), va="bottom")
         # An interval of very few runs can be so wide that nothing else is seen.
         reach = 3 * max(abs(v) for e in effects for v in (e.mean, *e.runs, 1.5 * margin))
         low, high = max(min(values), -reach), min(max(values), reach)
@@ -373,11 +374,15 @@ def jpeg(plane: np.ndarray, sizes: Sequence[float]) -> str:
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def read_volume(path: Path, ending: str, segmentation: bool) -> tuple[np.ndarray, list[float]]:
+def read_volume(path: Path, segmentation: bool) -> tuple[np.ndarray, list[float]]:
     """Read with nnU-Net's reader: (Z, Y, X), channels averaged, and the spacing of the axes."""
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
-
-    reader = determine_reader_writer_from_file_ending(ending, str(path), True, verbose=False)()
+    with silence():
+        reader = determine_reader_writer_from_file_ending(
+            "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix,
+            str(path),
+            allow_nonmatching_filename=True,
+            verbose=False,
+        )()
     if segmentation:
         array, properties = reader.read_seg(str(path))
         return array[0], [float(s) for s in properties["spacing"]]

@@ -144,8 +144,7 @@ class Runs:
 
     def _refuse_different_cases(self) -> None:
         cases = {
-            cell: frozenset(rows["case"])
-            for cell, rows in self.scores.groupby("cell", sort=False)
+            cell: frozenset(rows["case"]) for cell, rows in self.scores.groupby("cell", sort=False)
         }
         first = self.done[0]["id"]
         for cell, found in cases.items():

@@ -5,6 +5,7 @@ The folder is read as it is: cells that failed or wait are named, never filled i
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from tqdm import tqdm
 
-from nnunet_ssl.evaluation import figures, statistics
+from nnunet_ssl.evaluation import evaluate, figures, statistics
 from nnunet_ssl.evaluation.folder import DICE, MAIN, METRICS, PERCENT, Metric, Runs
 from nnunet_ssl.evaluation.statistics import Verdict
 from nnunet_ssl.history import read_log
@@ -129,6 +130,8 @@ def page_of(runs: Runs) -> dict[str, Any]:
         "roles": ROLES,
         "theme": figures.THEME,
         "rule": statistics.RULE,
+        "definitions": evaluate.DEFINITIONS,
+        "empty_masks": evaluate.RULE,
         "folds": runs.folds,
         "cases": runs.scores["case"].nunique(),
         "classes": runs.classes,
@@ -136,6 +139,7 @@ def page_of(runs: Runs) -> dict[str, Any]:
         "done": runs.done,
         "failed": runs.failed,
         "waiting": runs.waiting,
+        "command_line": command_line,
         "describe": lambda cell: describe(runs, cell),
         "notes": notes(runs, tables),
         "budgets": [budget_of(runs, budget, rows) for budget, rows in tables],
@@ -219,15 +223,15 @@ def sentence(runs: Runs, row: Row, verdict: Verdict) -> str:
     if not verdict.units:
         return "No run has finished together with its twin."
     pairs = runs.pairs(row.done)
-    own, twin = (100 * np.mean([runs.score(pair[k], DICE) for pair in pairs]) for k in (0, 1))
+    own, twin = (100 * np.nanmean([runs.score(pair[k], DICE) for pair in pairs]) for k in (0, 1))
     mean, low, high = (100 * v for v in (verdict.mean, verdict.low, verdict.high))
-    change, interval = span(mean, low, high, 1)
+    decimals = digits((mean, low, high), 1)
     text = (
-        f"Mean Dice {own:.1f} % against {twin:.1f} % of the twin: {change} points "
+        f"Mean Dice {own:.1f} % against {twin:.1f} % of the twin: {signed(mean, decimals)} points "
         f"over {plural(verdict.units, verdict.kind[:-1])}"
     )
-    if interval:
-        text += f", 95 % interval {interval}"
+    if not math.isnan(low):
+        text += f", 95 % interval {signed(low, decimals)} to {signed(high, decimals)}"
     if verdict.units < statistics.MIN_UNITS:
         more = statistics.MIN_UNITS - verdict.units
         return f"{text}. A verdict needs at least {plural(more, verdict.kind[:-1])} more."
@@ -269,8 +273,8 @@ def value_cell(runs: Runs, row: Row, metric: Metric, name: str | None = None) ->
     if row.verdict:
         units, _ = runs.unit_differences(row.done, metric, name)
         if len(units):
-            change, interval = span(*(scale * v for v in statistics.t_interval(units)), decimals)
-            texts["difference"] = f"{change} ({interval})" if interval else change
+            change, low, high = (scale * v for v in statistics.t_interval(units))
+            texts["difference"] = span(change, low, high, decimals)
     scores = runs.scores
     chosen = scores["cell"].isin([c["id"] for c in row.done])
     chosen &= (scores["metric"] == metric[0]) & (scores["unit"] == metric[1])
@@ -432,7 +436,7 @@ def overview(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) ->
 
 def examples(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) -> dict[str, Any]:
     """Images of the best, the median and the worst case of each method by gain."""
-    images, labels = (runs.path(runs.info["test"][key]) for key in ("images", "labels"))
+    images, labels = (runs.path(runs.info["test"].get(key)) for key in ("images", "labels"))
     methods = [
         (annotated(runs, budget), row)
         for budget, rows in tables
@@ -489,25 +493,23 @@ def find_file(folder: Path | None, case: str) -> Path:
     """The file of a case, whatever its ending."""
     if folder is None or not folder.is_dir():
         raise MissingFileError(f"folder {folder} is not there")
-    found = [p for p in sorted(folder.iterdir()) if p.name.startswith(f"{case}.")]
-    found = [p for p in found if p.suffix not in (".npz", ".pkl", ".json")]
-    if not found:
-        raise MissingFileError(f"{folder} holds no {case}")
-    return found[0]
+    for ending in sorted(evaluate.ENDINGS):
+        if (path := folder / f"{case}{ending}").is_file():
+            return path
+    raise MissingFileError(f"{folder} holds no {case}")
 
 
-def slice_of(
-    runs: Runs, case: str, images: Path | None, paths: Sequence[Path]
-) -> figures.Slice:
+def slice_of(runs: Runs, case: str, images: Path | None, paths: Sequence[Path]) -> figures.Slice:
     """The slice of a case; without its image where that is not there."""
-    ending = paths[0].name[len(case) :]
     values = [runs.info["labels"][name] for name in runs.classes if name in runs.info["labels"]]
     try:
-        segmentations = [figures.read_volume(path, ending, True) for path in paths]
+        segmentations = [figures.read_volume(path, segmentation=True) for path in paths]
+        try:
+            file = find_file(images, f"{case}_0000")
+            image = figures.read_volume(file, segmentation=False)[0]
+        except MissingFileError:
+            image = None
         spacing = segmentations[0][1]
-        image = None
-        if images is not None and (file := images / f"{case}_0000{ending}").is_file():
-            image = figures.read_volume(file, ending, False)[0]
         return figures.cut(image, [s[0] for s in segmentations], values, spacing)
     except (RuntimeError, OSError, ValueError, IndexError) as error:
         raise MissingFileError(f"{case} cannot be read ({error})") from error
@@ -536,7 +538,11 @@ def notes(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) -> li
             )
     for budget, rows in tables:
         cells = [cell for row in rows for cell in row.done]
-        for title, key in (("commits", "commit"), ("versions", "versions"), ("hardware", "hardware")):
+        for title, key in (
+            ("commits", "commit"),
+            ("versions", "versions"),
+            ("hardware", "hardware"),
+        ):
             values = {settled(cell.get(key)) for cell in cells}
             if len(values) > 1:
                 effect = " Times are not comparable." if key == "hardware" else ""
@@ -544,6 +550,8 @@ def notes(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) -> li
                     f"The runs with {annotated(runs, budget)} come from different {title} "
                     f"({len(values)}; see Runs below).{effect}"
                 )
+    if any(str(cell.get("commit")).endswith("-dirty") for cell in runs.done):
+        found.append("Some runs were made with changes of the code that no commit holds.")
     unknown = [name for name in runs.classes if name not in runs.info["labels"]]
     if unknown:
         found.append(f"Classes that the data set does not name: {', '.join(unknown)}.")
@@ -574,6 +582,11 @@ def describe(runs: Runs, cell: dict) -> str:
     return f"draw {cell['draw']}, seed {cell['seed']}"
 
 
+def command_line(command: str | Sequence[str]) -> str:
+    """A command as it is typed."""
+    return command if isinstance(command, str) else shlex.join(command)
+
+
 def signed(value: float, decimals: int = 1) -> str:
     """A number with its sign, and no negative zero."""
     text = f"{value:+.{decimals}f}"
@@ -582,13 +595,17 @@ def signed(value: float, decimals: int = 1) -> str:
     return text.replace("-", "−")
 
 
-def span(mean: float, low: float, high: float, decimals: int) -> tuple[str, str]:
-    """A difference and its interval, with one decimal more where one would round to 0."""
-    known = [v for v in (mean, low, high) if not math.isnan(v)]
-    if any(v and not round(v, decimals) for v in known):
-        decimals += 1
-    interval = f"{signed(low, decimals)} to {signed(high, decimals)}" if len(known) == 3 else ""
-    return signed(mean, decimals), interval
+def digits(values: Sequence[float], decimals: int) -> int:
+    """Decimals to print: one more where a value that is not 0 would be printed as 0."""
+    return decimals + any(v and not math.isnan(v) and not round(v, decimals) for v in values)
+
+
+def span(mean: float, low: float, high: float, decimals: int) -> str:
+    """A difference and, where there is one, its interval."""
+    decimals = digits((mean, low, high), decimals)
+    if math.isnan(low):
+        return signed(mean, decimals)
+    return f"{signed(mean, decimals)} ({signed(low, decimals)} to {signed(high, decimals)})"
 
 
 def wrap(name: str) -> Markup:

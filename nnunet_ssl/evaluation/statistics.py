@@ -31,10 +31,11 @@ RULE = [
     "same network trained in the same way on the annotated scans alone, with the same budget, draw "
     "and seed (the same fold in a cross-validation).",
     f"With {MIN_DRAWS} or more draws of annotated cases, the seeds of a draw are averaged and the "
-    "draws are the units. With fewer draws each run is a unit. Cases are never units.",
+    "draws are the units. With fewer draws each run is a unit, and the verdict holds for these "
+    "draws alone. Cases are never units.",
     f"Fewer than {MIN_UNITS} units: {OPEN}, and no interval is given.",
-    f"Otherwise the {100 * CONFIDENCE:g} % t-interval of the mean difference decides. Wholly above 0: "
-    f"{HELPED}. Wholly below 0: {HURT}. Wholly within ±{100 * MARGIN:g} Dice point: {SAME}. "
+    f"Otherwise the {100 * CONFIDENCE:g} % t-interval of the mean difference decides. Wholly above "
+    f"0: {HELPED}. Wholly below 0: {HURT}. Wholly within ±{100 * MARGIN:g} Dice point: {SAME}. "
     f"Anything else: {OPEN}.",
     f"{HELPED.capitalize()} or {HURT} by less than {100 * MARGIN:g} Dice point on average is said "
     "so: the sign is then clear, but the effect is small.",
@@ -111,7 +112,7 @@ def judge(differences: Sequence[float] | np.ndarray, kind: UnitKind = "runs") ->
         outcome = HELPED
     elif high < 0:
         outcome = HURT
-    elif -MARGIN < low and high < MARGIN:
+    elif low > -MARGIN and high < MARGIN:
         outcome = SAME
     else:
         outcome = OPEN

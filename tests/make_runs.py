@@ -10,7 +10,8 @@ import numpy as np
 import SimpleITK as sitk
 
 CLASSES = {"anterior": 1, "posterior": 2}
-COLUMNS = "cell,name,role,budget,draw,seed,fold,case,class,metric,unit,value".split(",")
+PLACE = ["name", "role", "budget", "draw", "seed", "fold"]
+COLUMNS = ["cell", *PLACE, "case", "class", "metric", "unit", "value"]
 
 
 def make_cell(
@@ -68,7 +69,7 @@ def make_folder(
     distances: bool = False,
     **info,
 ) -> Path:
-    """Write runs.json and results.csv; `dice(cell, case, class)` gives the scores, NaN = missing."""
+    """Write runs.json and results.csv; `dice(cell, case, class)` gives scores, NaN = missing."""
     folder.mkdir(parents=True, exist_ok=True)
     classes = classes or CLASSES
     runs = {
@@ -116,7 +117,9 @@ def add_images(folder: Path, cases: int = 5, dim: int = 3) -> None:
     for k in range(cases):
         center = [s / 2 for s in shape]
         radius = 0.25 + 0.03 * k
-        distance = sum(((g - c) / (radius * s)) ** 2 for g, c, s in zip(grid, center, shape))
+        distance = sum(
+            ((g - c) / (radius * s)) ** 2 for g, c, s in zip(grid, center, shape, strict=True)
+        )
         truth = (distance < 1).astype(np.uint8)
         truth[(distance < 1) & (grid[-1] > center[-1])] = 2
         image = rng.normal(100, 10, shape) + 60 * truth
