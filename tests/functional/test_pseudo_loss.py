@@ -188,3 +188,14 @@ def test_deep_supervised_sums_scales_and_skips_weight_zero():
         deep_supervised(loss, outputs, *targets, weights=[1, 0])
     with pytest.raises(ValueError, match="weights are 0"):
         deep_supervised(loss, outputs, *targets, weights=[0, 0, 0])
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_its_two_terms_can_be_had_alone(regions):
+    logits, label, weight, pseudo = case((6, 7), regions)
+    settings = {"regions": regions, "min_voxels": 0}
+    both = pseudo_ce_dice(logits, label, weight, pseudo, **settings)
+    ce = pseudo_ce_dice(logits, label, weight, pseudo, dice_weight=0, **settings)
+    dice = pseudo_ce_dice(logits, label, weight, pseudo, ce_weight=0, **settings)
+    assert ce > 0 > dice
+    torch.testing.assert_close(ce + dice, both)

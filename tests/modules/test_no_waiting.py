@@ -23,6 +23,8 @@ def run_everything(device, spatial):
     f.ema_update(nn.Linear(2, 2, device=device), nn.Linear(2, 2, device=device), 0.9)
     inside = f.random_boxes(3, spatial, 0.5, 0.8, device=device)
     f.exchange(x, x, inside)
+    boxes = f.cutmix_boxes(3, spatial, 0.1, 0.4, device=device)
+    f.cutmix(boxes, f.random_partners(3), x, label, valid)
     f.random_blocks(3, spatial, 4, 0.5, [1] * n, device=device)
     for distance in (f.feature_l1, f.feature_cosine):
         distance(x, x, valid)
@@ -38,6 +40,7 @@ def run_everything(device, spatial):
 
     for regions, target in ((False, label), (True, multi)):
         prob = f.to_prob(logits, regions)
+        f.normalized_entropy(prob, regions)
         shares = class_shares(target, valid, 3, regions, torch.ones(3, dtype=torch.bool))
         with torch.device(device):
             thresholds, brake = ClassThresholds(3, regions=regions), ClassBrake(len(shares))
