@@ -2,6 +2,7 @@
 
 from nnunet_ssl.trainers.SSLTrainer import SSLTrainer
 from nnunet_ssl.trainers.SSLTrainerBCP import SSLTrainerBCP
+from nnunet_ssl.trainers.SSLTrainerCAD import SSLTrainerCAD
 from nnunet_ssl.trainers.SSLTrainerCPS import SSLTrainerCPS
 from nnunet_ssl.trainers.SSLTrainerFixMatch import SSLTrainerFixMatch
 from nnunet_ssl.trainers.SSLTrainerM3HL import SSLTrainerM3HL
@@ -13,6 +14,7 @@ from nnunet_ssl.trainers.SSLTrainerUniMatch import SSLTrainerUniMatch
 __all__ = [
     "SSLTrainer",
     "SSLTrainerBCP",
+    "SSLTrainerCAD",
     "SSLTrainerCPS",
     "SSLTrainerFixMatch",
     "SSLTrainerM3HL",

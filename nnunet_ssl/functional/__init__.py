@@ -1,7 +1,7 @@
 """Pure functions on tensors: losses, mixing, selection, ramps, EMA.
 
 All take 2D (B, C, H, W) and 3D (B, C, D, H, W) tensors on any device, work in float32 inside, and
-never wait for the device (`largest_component` excepted).
+never wait for the device (`largest_component` and `choose_windows` excepted).
 """
 
 from nnunet_ssl.functional.augment import (
@@ -18,6 +18,15 @@ from nnunet_ssl.functional.components import largest_component, largest_componen
 from nnunet_ssl.functional.consistency import prob_mse, sigmoid_mse, softmax_mse
 from nnunet_ssl.functional.curriculum import curriculum_weight, relative_rank
 from nnunet_ssl.functional.cutmix import cutmix, cutmix_boxes, random_partners
+from nnunet_ssl.functional.cutout import cutout
+from nnunet_ssl.functional.displacement import (
+    Windows,
+    choose_windows,
+    coarse_maps,
+    displace,
+    largest_region,
+    window_means,
+)
 from nnunet_ssl.functional.ema import ema_decay_at, ema_update
 from nnunet_ssl.functional.entropy import normalized_entropy
 from nnunet_ssl.functional.evidence import (
@@ -32,22 +41,28 @@ from nnunet_ssl.functional.evidence import (
 from nnunet_ssl.functional.features import feature_cosine, feature_l1
 from nnunet_ssl.functional.mixing import exchange, random_boxes
 from nnunet_ssl.functional.outputs import confidence, downsample, full_res, hard_labels, to_prob
+from nnunet_ssl.functional.overlap import squared_dice_loss
 from nnunet_ssl.functional.pseudo_loss import deep_supervised, pseudo_ce_dice
 from nnunet_ssl.functional.ramps import rampup_between, sigmoid_rampup
 
 __all__ = [
     "Opinion",
+    "Windows",
     "add_noise",
     "apply_flips",
     "apply_rot90",
     "binary_logits",
     "cached_gradients",
+    "choose_windows",
+    "coarse_maps",
     "confidence",
     "curriculum_weight",
     "cutmix",
     "cutmix_boxes",
+    "cutout",
     "deep_supervised",
     "dirichlet_logits",
+    "displace",
     "downsample",
     "ema_decay_at",
     "ema_update",
@@ -60,6 +75,7 @@ __all__ = [
     "hard_labels",
     "largest_component",
     "largest_component_regions",
+    "largest_region",
     "normalized_entropy",
     "opinion",
     "prob_mse",
@@ -75,6 +91,8 @@ __all__ = [
     "sigmoid_mse",
     "sigmoid_rampup",
     "softmax_mse",
+    "squared_dice_loss",
     "strong_intensity",
     "to_prob",
+    "window_means",
 ]

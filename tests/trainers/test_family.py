@@ -28,11 +28,13 @@ FULL = {
     "SSLTrainerUAMT": "+rampup=0+limit_start=1",
     "SSLTrainerUniMatch": "+threshold=0",
     "SSLTrainerM3HL": "+pretrain=0",
+    "SSLTrainerCAD": "+pretrain=0+rampup=0",
 }
 # no unlabelled weight: the twin's step
 # times the twin's memory, where it is more than 1.25
 MEMORY: dict[str, float] = {
     "SSLTrainerM3HL": 1.35,
+    "SSLTrainerCAD": 2.25,
 }
 NONE = {
     "SSLTrainer": "+unsup_weight=0",
