@@ -8,7 +8,8 @@ A data-set script is one module of this package, named like the data set (MSD.py
     add_options(parser)                optional: own options, and of the shared ones
                                        `add_split_options`, `add_spacing_option`,
                                        `add_protocol_option`
-    LABEL_HINT = "..."                 optional: what to do about an unexpected label
+    HINTS = {"labels": "...", "geometry": "..."}   optional: what to do about an unexpected
+                                       label, or about a mask on another grid
 
 and ends with
 
@@ -550,11 +551,11 @@ def convert_case(
                 return stamp
         script = importlib.import_module(script_name)
         scan = script.read(case, options)
-        _check_scan(scan, case, channels)
+        hints = getattr(script, "HINTS", {})
+        _check_scan(scan, case, channels, hints.get("geometry", ""))
         voxels: dict[str, int] = {}
         if scan.mask is not None:
-            hint = getattr(script, "LABEL_HINT", "")
-            mask, counts = map_labels(scan.mask, label_map, case.name, hint)
+            mask, counts = map_labels(scan.mask, label_map, case.name, hints.get("labels", ""))
             voxels = {str(k): v for k, v in sorted(counts.items())}
             write_image(mask, mask_path)
         for image, path in zip(scan.images, images, strict=True):
@@ -574,7 +575,7 @@ def convert_case(
         return str(error) if case.name in str(error) else f"{case.name}: {error}"
 
 
-def _check_scan(scan: Scan, case: Case, channels: Sequence[str]) -> None:
+def _check_scan(scan: Scan, case: Case, channels: Sequence[str], hint: str) -> None:
     if len(scan.images) != len(channels):
         raise UserError(
             f"{case.name} has {len(scan.images)} channel(s), expected are {len(channels)}: "
@@ -586,4 +587,4 @@ def _check_scan(scan: Scan, case: Case, channels: Sequence[str]) -> None:
     if (scan.mask is None) != (case.mask is None):
         raise AssertionError(f"read() and find() differ in the mask of {case.name}")
     if scan.mask is not None:
-        check_geometry(first, scan.mask, case.name, f"mask {case.mask}")
+        check_geometry(first, scan.mask, case.name, f"mask {case.mask}", hint)

@@ -62,9 +62,12 @@ from nnunet_ssl.dataset_conversion.reading import (
 from nnunet_ssl.errors import UserError
 
 WITHOUT_SPACING = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
-LABEL_HINT = (
-    "Name the value with --labels, or let it count as background: --labels background=0,VALUE ..."
-)
+HINTS = {
+    "labels": "Name the value with --labels, or let it count as background: --labels "
+    "background=0,VALUE ...",
+    "geometry": "Resample one to the grid of the other; if voxels belong together as they are and "
+    "only the header is wrong, add --copy-geometry.",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -382,7 +385,8 @@ def _labels(
     masks = [c.mask for c in cases if c.mask is not None]
     values: set[float] = set()
     for mask in masks[:3]:
-        values.update(np.unique(sitk.GetArrayViewFromImage(_one_component(mask))).tolist())
+        image = _one_component(mask)
+        values.update(np.unique(sitk.GetArrayViewFromImage(image)).tolist())
     told = listed([f"{v:g}" for v in sorted(values)]) or "nothing"
     example = " ".join(f"name{i}={v:g}" for i, v in enumerate(sorted(values - {0}), start=1))
     raise UserError(

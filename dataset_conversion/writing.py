@@ -19,11 +19,14 @@ TOLERANCE = 1e-3  # of a voxel for spacing and origin, absolute for the directio
 ROUNDING = 1e-3  # how far a float label may lie from its integer
 
 
-def check_geometry(image: sitk.Image, other: sitk.Image, case: str, what: str) -> None:
+def check_geometry(
+    image: sitk.Image, other: sitk.Image, case: str, what: str, hint: str = ""
+) -> None:
     """Compare size, spacing, origin and direction.
 
     Raises:
-        UserError: they differ; names `case` and `what` (mask, channel 1, ...).
+        UserError: they differ; names `case` and `what` (mask, channel 1, ...). `hint` tells what
+            to do if only the header is wrong.
     """
     size, wanted = other.GetSize(), image.GetSize()
     if size != wanted:
@@ -43,7 +46,7 @@ def check_geometry(image: sitk.Image, other: sitk.Image, case: str, what: str) -
             ours, theirs = (getattr(i, f"Get{name.capitalize()}")() for i in (image, other))
             raise UserError(
                 f"{case}: the {what} has {name} {_numbers(theirs)}, the image {_numbers(ours)}. "
-                f"Correct the header, or resample one to the grid of the other."
+                + (hint or "Correct the header, or resample one to the grid of the other.")
             )
 
 
