@@ -156,8 +156,9 @@ def dice_by_budget(
     title: str,
     lines: Sequence[tuple[str, str, Sequence[tuple[int, float, float]]]],
     bound: float | None,
+    unit: str,
 ) -> Markup:
-    """Mean Dice (%) over annotated cases: lines of name, colour and (budget, mean, sd) points."""
+    """Mean Dice (%) over the budget, counted in `unit`: lines of name, colour and (budget, mean, sd) points."""
     budgets = sorted({point[0] for _, _, points in lines for point in points})
     with plot(title, 560, 340) as (made, axes):
         if bound is not None:
@@ -173,11 +174,13 @@ def dice_by_budget(
             )
         for k, (name, color, points) in enumerate(lines):
             x = [budgets.index(p[0]) + 0.04 * (k - (len(lines) - 1) / 2) for p in points]
+            before = sum(color == other for _, other, _ in lines[:k])  # twins are all grey
             axes.errorbar(
                 x,
                 [p[1] for p in points],
                 [0 if np.isnan(p[2]) else p[2] for p in points],
                 color=color,
+                linestyle=("-", "--", ":", "-.")[before % 4],
                 marker="o",
                 markersize=4.5,
                 elinewidth=1,
@@ -185,7 +188,7 @@ def dice_by_budget(
                 label=visible(name),
             )
         axes.set_xticks(range(len(budgets)), [str(b) for b in budgets])
-        axes.set_xlabel("annotated")
+        axes.set_xlabel(f"annotated {unit}s")
         axes.set_ylabel("Dice (%)")
         legend_below(axes, columns=2)
     return made.markup

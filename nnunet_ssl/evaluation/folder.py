@@ -35,6 +35,8 @@ class Runs:
     Attributes:
         info: runs.json.
         done: cells with scores; `failed` and `waiting` the others. `by_id` holds those done.
+        folds: the runs are folds of a cross-validation.
+        budget_unit: what budgets count, in the singular.
         scores: one row a cell, case, class and metric; `value` NaN where missing.
     """
 
@@ -58,6 +60,7 @@ class Runs:
         self.by_id = {c["id"]: c for c in self.done}
         self.scores = self.scores[self.scores["cell"].isin(self.by_id)]
         self.folds = self.info["units"] == "folds"
+        self.budget_unit = self.info.get("budget_unit", "case")  # or group, patient, ...
         if not self.folds:
             self._refuse_different_cases()
 

@@ -133,6 +133,7 @@ def page_of(runs: Runs) -> dict[str, Any]:
         "definitions": evaluate.DEFINITIONS,
         "empty_masks": evaluate.RULE,
         "folds": runs.folds,
+        "budget_unit": runs.budget_unit,
         "cases": runs.scores["case"].nunique(),
         "classes": runs.classes,
         "metrics": [metric_name(runs, metric) for metric in runs.metrics if metric[0] in MAIN],
@@ -207,7 +208,7 @@ def budget_of(runs: Runs, budget: tuple[int, str], rows: Sequence[Row]) -> dict[
 def annotated(runs: Runs, budget: tuple[int, str]) -> str:
     """A budget in words."""
     number, name = budget
-    cases = plural(number, "annotated case")
+    cases = plural(number, f"annotated {runs.budget_unit}")
     return f"all {cases}" if name == "all" and number > 1 else cases
 
 
@@ -225,7 +226,8 @@ def sentence(runs: Runs, row: Row, verdict: Verdict) -> str:
     pairs = runs.pairs(row.done)
     own, twin = (100 * np.nanmean([runs.score(pair[k], DICE) for pair in pairs]) for k in (0, 1))
     mean, low, high = (100 * v for v in (verdict.mean, verdict.low, verdict.high))
-    decimals = digits((mean, low, high), 1)
+    # A bound that is not 0 must not be printed as 0 beside a verdict on its sign.
+    decimals = 2 if any(v and not round(v, 1) for v in (mean, low, high) if v == v) else 1
     text = (
         f"Mean Dice {own:.1f} % against {twin:.1f} % of the twin: {signed(mean, decimals)} points "
         f"over {plural(verdict.units, verdict.kind[:-1])}"
@@ -428,9 +430,10 @@ def overview(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) ->
             elif n:
                 lines.setdefault((row.name, row.color), []).append((number, mean, sd))
     return figures.dice_by_budget(
-        "Dice by number of annotated cases",
+        f"Dice by number of annotated {runs.budget_unit}s",
         [(name, color, points) for (name, color), points in lines.items()],
         float(np.nanmean(bound)) if bound else None,
+        runs.budget_unit,
     )
 
 
@@ -518,7 +521,7 @@ def slice_of(runs: Runs, case: str, images: Path | None, paths: Sequence[Path]) 
 def case_dice(runs: Runs, cell: dict, case: str) -> str:
     """Mean Dice of a case in a run."""
     value = runs.dice_by_cell[cell["id"]][case].mean()
-    return "–" if math.isnan(value) else f"{100 * value:.1f} %"
+    return "–" if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
 
 
 def notes(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) -> list[str]:
@@ -595,14 +598,8 @@ def signed(value: float, decimals: int = 1) -> str:
     return text.replace("-", "−")
 
 
-def digits(values: Sequence[float], decimals: int) -> int:
-    """Decimals to print: one more where a value that is not 0 would be printed as 0."""
-    return decimals + any(v and not math.isnan(v) and not round(v, decimals) for v in values)
-
-
 def span(mean: float, low: float, high: float, decimals: int) -> str:
     """A difference and, where there is one, its interval."""
-    decimals = digits((mean, low, high), decimals)
     if math.isnan(low):
         return signed(mean, decimals)
     return f"{signed(mean, decimals)} ({signed(low, decimals)} to {signed(high, decimals)})"

@@ -324,7 +324,7 @@ def test_images_show_best_median_and_worst_case(tmp_path, dim):
     assert not shown["told"] and (budget, row.name) == ("4 annotated cases", METHOD)
     told = [(c["title"], c["case"], round(c["gain"], 6)) for c in cases]
     assert told == [("Best", "case_01", 5), ("Median", "case_03", 2), ("Worst", "case_04", -1)]
-    assert cases[0]["dice"] == ["50.0 %", "55.0 %"]
+    assert cases[0]["dice"] == ["50.0\u00a0%", "55.0\u00a0%"]
     made = cases[0]["slice"]
     assert made.image.startswith("data:image/jpeg;base64,") and len(made.outlines) == 3
     assert all(len(paths) == 2 and all(paths) for paths in made.outlines)
