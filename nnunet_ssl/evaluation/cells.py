@@ -59,14 +59,14 @@ def join(name: str, settings: Mapping[str, str]) -> str:
     return "+".join([name, *(f"{k}={v}" for k, v in settings.items())])
 
 
-def twin_of(trainer: str) -> tuple[str, dict[str, str]]:
-    """Return the twin's name and its own settings.
+def twin_of(trainer: str, shared: str | None = None) -> tuple[str, dict[str, str]]:
+    """Return the twin's name and its own settings; `shared` names one for all trainers.
 
     What the trainer's name sets and the twin knows, the twin gets as well: both then differ in the
     use of unlabelled scans alone.
     """
     cls: Any = resolve(trainer)
-    name, settings = parts_of(cls.twin)
+    name, settings = parts_of(shared or cls.twin)
     known = resolve(name).settings()  # type: ignore[attr-defined]
     _, own = parts_of(trainer)
     return name, settings | {k: v for k, v in own.items() if k in known}
@@ -116,9 +116,15 @@ def make_cell(
 
 
 def with_twins(
-    trainers: Sequence[str], common: Mapping[str, str], place: Place
+    trainers: Sequence[str],
+    common: Mapping[str, str],
+    place: Place,
+    shared: str | None = None,
 ) -> tuple[list[Cell], list[Cell]]:
-    """Return the twins of some trainers, each once, and the cells of the trainers themselves."""
+    """Return the twins of some trainers, each once, and the cells of the trainers themselves.
+
+    A twin that is `shared` by all trainers saves runs; EMA and deployment may then differ too.
+    """
     twins: dict[str, Cell] = {}
     methods = []
     for trainer in trainers:
@@ -127,7 +133,7 @@ def with_twins(
             cell = make_cell("twin", name, own, common, place)
             twins.setdefault(cell.id, cell)
             continue
-        twin = make_cell("twin", *twin_of(trainer), common, place)
+        twin = make_cell("twin", *twin_of(trainer, shared), common, place)
         twins.setdefault(twin.id, twin)
         methods.append(make_cell("method", name, own, common, place, twin.id))
     return list(twins.values()), methods
@@ -152,14 +158,14 @@ def expand(spec: Spec, training_groups: int) -> list[Cell]:
             for seed in spec.seeds:
                 label = f"{budget}labeled_draw{draw}_seed{seed}"
                 place = Place(label, budget, str(budget), draw, seed)
-                twins, methods = with_twins(spec.trainers, common, place)
+                twins, methods = with_twins(spec.trainers, common, place, spec.twin)
                 cells += twins + methods
                 if "equal_compute" in spec.also:
                     cells += longer_twins(methods, twins, common, place)
                 if "stock" in spec.also:
                     cells.append(stock_cell(place, twins[0].id))
     if "bound" in spec.also:
-        name, own = twin_of(spec.trainers[0])
+        name, own = twin_of(spec.trainers[0], spec.twin)
         for seed in spec.seeds:
             place = Place(f"all_seed{seed}", training_groups, "all", 0, seed)
             cells.append(make_cell("bound", name, own, common, place))

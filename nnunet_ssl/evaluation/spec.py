@@ -64,6 +64,7 @@ class Spec:
     draws: tuple[int, ...]
     seeds: tuple[int, ...]
     trainers: tuple[str, ...]
+    twin: str | None  # one for all trainers in place of each one's own
     settings: dict[str, str]
     also: tuple[str, ...]
     mirroring: bool
@@ -295,6 +296,7 @@ def read_spec(file: Path) -> Spec:
         draws=top.take("draws", several(whole(0)), (0,)),
         seeds=top.take("seeds", several(whole(0))),
         trainers=top.take("trainers", several(text)),
+        twin=top.take("twin", text, None),
         settings=read_settings(top),
         also=top.take("also", several(choice(*ALSO), least=0), ()),
         mirroring=predict.take("mirroring", flag, True),
@@ -368,10 +370,17 @@ def check_trainers(spec: Spec) -> None:
     Raises:
         UserError: with the line of the trainer or of the setting.
     """
+    if spec.twin is not None:
+        try:
+            shared: Any = resolve(spec.twin)
+        except UserError as error:
+            raise spec.error("twin", str(error)) from error
+        if shared.uses_unlabeled:
+            raise spec.error("twin", f"{spec.twin} uses unlabelled scans. Name a supervised one.")
     for trainer in spec.trainers:
         try:
             cls: Any = resolve(trainer)
-            twin: Any = resolve(cls.twin)
+            twin: Any = resolve(spec.twin or cls.twin)
         except UserError as error:
             raise spec.error("trainers", str(error)) from error
         for key, value in spec.settings.items():
