@@ -158,7 +158,10 @@ def dice_by_budget(
     bound: float | None,
     unit: str,
 ) -> Markup:
-    """Mean Dice (%) over the budget, counted in `unit`: lines of name, colour and (budget, mean, sd) points."""
+    """Mean Dice (%) over the budget, counted in `unit`.
+
+    A line is a name, a colour and its (budget, mean, sd) points; `bound` that of all annotations.
+    """
     budgets = sorted({point[0] for _, _, points in lines for point in points})
     with plot(title, 560, 340) as (made, axes):
         if bound is not None:

@@ -5,7 +5,6 @@ The folder is read as it is: cells that failed or wait are named, never filled i
 
 import json
 import math
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +139,6 @@ def page_of(runs: Runs) -> dict[str, Any]:
         "done": runs.done,
         "failed": runs.failed,
         "waiting": runs.waiting,
-        "command_line": command_line,
         "describe": lambda cell: describe(runs, cell),
         "notes": notes(runs, tables),
         "budgets": [budget_of(runs, budget, rows) for budget, rows in tables],
@@ -583,11 +581,6 @@ def describe(runs: Runs, cell: dict) -> str:
     if runs.folds:
         return f"fold {cell['fold']}"
     return f"draw {cell['draw']}, seed {cell['seed']}"
-
-
-def command_line(command: str | Sequence[str]) -> str:
-    """A command as it is typed."""
-    return command if isinstance(command, str) else shlex.join(command)
 
 
 def signed(value: float, decimals: int = 1) -> str:

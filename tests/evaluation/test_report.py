@@ -409,8 +409,6 @@ def test_cost_is_measured_against_the_twin(tmp_path):
     assert [row.role for row in rows_of(runs, runs.budgets[0])] == ["twin", "method"]
 
 
-def test_commands_are_shown_as_typed(tmp_path):
-    cells = block(draws=(0,))
-    cells[0]["commands"] = [["nnUNetv2_train", "104", "2d", "all", "-tr", "A b"]]
-    text = page(make_folder(tmp_path / "runs", cells, scores), tmp_path)[1]
-    assert "nnUNetv2_train 104 2d all -tr 'A b'" in text
+def test_budgets_may_count_something_else_than_cases(tmp_path):
+    folder = make_folder(tmp_path / "runs", block(), scores, budget_unit="patient")
+    assert "With 4 annotated patients" in page(folder, tmp_path)[1]
