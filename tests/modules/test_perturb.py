@@ -73,3 +73,13 @@ def test_the_encoder_runs_once_and_gets_the_gradient():
     sum(o.square().mean() for o in output).backward()
     assert all(p.grad is not None for p in network.parameters())
     assert perturbed_forward(network, x, dropout_factors(network, x, 0.5), clean=False)[1] is None
+
+
+@pytest.mark.parametrize("kind", [PlainConvUNet, ResidualEncoderUNet])
+def test_compiled_it_is_one_graph_with_the_same_output(kind):
+    network, x = unet(kind, 2), torch.randn(2, 1, 16, 16)
+    factors = dropout_factors(network, x, 0.5)
+    compiled = torch.compile(perturbed_forward, fullgraph=True, backend="aot_eager")
+    found, expected = (f(network, x, factors, True) for f in (compiled, perturbed_forward))
+    for a, b in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        assert torch.allclose(a, b, atol=1e-5) and a.requires_grad == b.requires_grad
