@@ -127,7 +127,7 @@ def write_image(image: sitk.Image, path: Path) -> None:
         view = sitk.GetArrayViewFromImage(image)
         fits = view.min() >= -(2**31) and view.max() < 2**31
         image = sitk.Cast(image, sitk.sitkInt32 if fits else sitk.sitkFloat32)
-    part = path.with_name(f".part_{path.name}")  # ITK picks the format by the ending
+    part = path.with_name(f".part{os.getpid()}_{path.name}")  # ITK picks the format by the ending
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

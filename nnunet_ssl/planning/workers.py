@@ -1,6 +1,8 @@
 """One function over many cases, in this process or in a pool."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -45,7 +47,9 @@ class Workers:
             return [function(*job) for job in tqdm(jobs, desc=description)]
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.num_processes, mp_context=spawn)
+            self._pool = ProcessPoolExecutor(
+                self.num_processes, mp_context=spawn, initializer=_end_with_parent
+            )
         try:
             futures = [self._pool.submit(function, *job) for job in jobs]
             for future in tqdm(as_completed(futures), desc=description, total=len(futures)):
@@ -56,3 +60,15 @@ class Workers:
                 f"same command again with fewer processes than {self.num_processes}: -np N"
             ) from error
         return [future.result() for future in futures]
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is killed; else it waits for jobs for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

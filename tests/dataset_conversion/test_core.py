@@ -545,3 +545,22 @@ def test_gzip_that_holds_a_cut_nifti(tmp_path, write):
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress(path.read_bytes()[:4000]))
     with pytest.raises(UserError, match=r"b.nii.gz.*4000 bytes of"):
         reading.read_image(tmp_path / "b.nii.gz")
+
+
+def test_killed_command_leaves_no_worker_behind(tmp_path):
+    code = (
+        "import sys, time\n"
+        "from nnunet_ssl.planning.workers import Workers\n"
+        "if __name__ == '__main__':\n"
+        "    with Workers(2) as workers:\n"
+        "        workers.map(abs, [(1,), (2,)], '')\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout.readline() == b"ready\n"
+    process.kill()
+    process.communicate(timeout=30)  # the pipe closes when the last worker has ended
