@@ -14,7 +14,9 @@ Reads one of two releases, told apart by the files:
 
 Splits: 70 training patients in the order of SSL4MIS (--labeled 3, 7 or 14 counts patients; the
 others without masks), 10 validation and 20 test patients. Both frames of a patient stay together.
-The lists of --list and --test name frames, for example patient001_frame01.
+The lists of --list and --test name frames, for example patient001_frame01. Patients 074 and 076
+(both for training) are the same scans, annotated twice (Dice 0.95-0.99 between the two): they count
+as one patient, so that 69 are left.
 
 cases.csv, for training cases: patient (number), phase (ED 0, ES 1), frame (its number in the
 cine), group (NOR 0, MINF 1, DCM 2, HCM 3, RV 4), height (cm), weight (kg); from h5 files only
@@ -99,7 +101,9 @@ def find(source: Path, options: argparse.Namespace) -> Release:
             "left ventricle": 3,
         },
         # a patient who is absent stands for itself, so that the core reports it
-        splits={k: [c for p in patients for c in frames.get(p, [p])] for k, patients in parts.items()},
+        splits={
+            k: [c for p in patients for c in frames.get(p, [p])] for k, patients in parts.items()
+        },
         list_name="SSL4MIS, 70/10/20 patients",
         spacing_known=not packed or spacing is not None,
         about={
@@ -141,9 +145,7 @@ def _packed_cases(packed: Mapping[str, dict[int, dict[bool, Path]]]) -> list[Cas
     return cases
 
 
-def _cine_cases(
-    scans: Mapping[str, dict[int, dict[bool, Path]]], notes: list[str]
-) -> list[Case]:
+def _cine_cases(scans: Mapping[str, dict[int, dict[bool, Path]]], notes: list[str]) -> list[Case]:
     """Cases of the challenge: the frames that Info.cfg names, ED first.
 
     Without Info.cfg: the annotated frames, phase unknown, which `notes` tells.
