@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from nnunet_ssl.errors import UserError
 
 LIMIT = 300  # seconds for the whole measurement
 SLOW = 60  # seconds; a first step slower than this is not repeated
@@ -40,8 +42,22 @@ def estimate(dataset: str, configuration: str, plans: str, trainer: str, device:
         trainer: trainer name, with settings if there are any.
         device: "cpu", "cuda" or "mps".
     """
+    try:
+        return measure_elsewhere(dataset, configuration, plans, [trainer], device)[trainer][1]
+    except UserError as error:
+        return f"no estimate: {error}"
+
+
+def measure_elsewhere(
+    dataset: str, configuration: str, plans: str, trainers: Sequence[str], device: str
+) -> dict[str, tuple[float, str]]:
+    """Return the expected seconds of a training and the line about it, for each trainer.
+
+    Raises:
+        UserError: whatever went wrong.
+    """
     command = [sys.executable, "-m", "nnunet_ssl.estimate"]
-    command += [dataset, configuration, plans, trainer, device]
+    command += [dataset, configuration, plans, device, *trainers]
     # not the current folder: in a checkout it hides the installed package
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     try:
@@ -49,22 +65,20 @@ def estimate(dataset: str, configuration: str, plans: str, trainer: str, device:
             command, capture_output=True, text=True, timeout=LIMIT, env=environment
         )
     except subprocess.TimeoutExpired:
-        return f"no estimate: one training step takes more than {LIMIT // 2} s on {device}"
+        raise UserError(f"one training step takes more than {LIMIT // 2} s on {device}") from None
     except OSError as error:
-        return f"no estimate: {error}"
+        raise UserError(str(error)) from error
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    if done.returncode == 0 and lines:
-        return lines[-1]
-    return f"no estimate: {lines[-1] if lines else f'exit code {done.returncode}'}"
+    if done.returncode != 0 or not lines:
+        raise UserError(lines[-1] if lines else f"exit code {done.returncode}")
+    return {name: tuple(told) for name, told in json.loads(lines[-1]).items()}
 
 
 def describe(cost: Cost, trainer: Any, device: str) -> str:
     """The line for a trainer class whose supervised twin costs `cost` a step."""
     settings = trainer.settings()
     epochs, steps = settings["num_epochs"], settings["num_iterations_per_epoch"]
-    validation = settings["num_val_iterations_per_epoch"] * cost.forward
-    seconds = epochs * (steps * trainer.step_cost * cost.step + validation)
-    minutes = max(1, round(seconds / 60))
+    minutes = max(1, round(seconds_of(cost, trainer) / 60))
     hours, rest = divmod(minutes, 60)
     duration = f"{hours} h {rest} min" if hours else f"{rest} min"
     return (
@@ -72,6 +86,14 @@ def describe(cost: Cost, trainer: Any, device: str) -> str:
         f"{cost.step:.2g} s, {epochs} epochs x {steps} iterations), "
         f"memory about {cost.memory / 1e9:.2g} GB"
     )
+
+
+def seconds_of(cost: Cost, trainer: Any) -> float:
+    """Expected seconds of a training whose supervised twin costs `cost` a step."""
+    settings = trainer.settings()
+    steps = settings["num_iterations_per_epoch"] * trainer.step_cost * cost.step
+    validation = settings["num_val_iterations_per_epoch"] * cost.forward
+    return settings["num_epochs"] * (steps + validation)
 
 
 def measure(network: nn.Module, loss: Callable, batch_shape: tuple[int, ...], device: str) -> Cost:
@@ -157,12 +179,12 @@ def measure_plan(plans: dict, dataset_json: dict, configuration: str, device: st
 
 
 def main(argv: list[str]) -> None:
-    """Print the line for dataset, configuration, plans, trainer, device."""
+    """Print seconds and line of each trainer as JSON; for dataset, configuration, plans, device."""
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     from nnunet_ssl.naming import resolve
 
-    dataset, configuration, plans, trainer, device = argv
+    dataset, configuration, plans, device, *trainers = argv
     if device == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)  # as nnU-Net does
     base = Path(os.environ["nnUNet_preprocessed"]) / maybe_convert_to_dataset_name(dataset)
@@ -172,7 +194,9 @@ def main(argv: list[str]) -> None:
         configuration,
         device,
     )
-    print(describe(cost, resolve(trainer), device))
+    classes = {name: resolve(name) for name in trainers}
+    told = {n: (seconds_of(cost, c), describe(cost, c, device)) for n, c in classes.items()}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -9,28 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.doctor import VARIABLE, trainer_path
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cells import STOCK, STOCK_EPOCHS, STOCK_ITERATIONS, Cell, chosen, expand
 from nnunet_ssl.evaluation.runner import (
     Launcher,
     LocalLauncher,
     SubmititLauncher,
-    duration,
+    check_folder,
+    environment,
+    has_device,
     locked,
-    run_tasks,
-    write_tables,
+    print_table,
+    run_cells,
     write_task,
 )
 from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, read_spec
-from nnunet_ssl.evaluation.tasks import TASK, is_done, read_state, read_task
+from nnunet_ssl.evaluation.tasks import TASK, read_task
 from nnunet_ssl.io import write_json, write_text
 from nnunet_ssl.planning.api import plans_name_of
 from nnunet_ssl.planning.raw import RawDataset, inspect_case, list_cases
 from nnunet_ssl.planning.splits import (
-    atomic_folders,
     draw_labeled,
-    place_cases,
+    place_once,
     read_annotated,
     read_case_list,
     read_groups,
@@ -39,7 +39,6 @@ from nnunet_ssl.planning.splits import (
 from nnunet_ssl.planning.workers import Workers
 
 FORMAT = 1
-NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 SMALL_PLANS = "nnUNetSmallPlans"
 HASHES = "hashes.json"
 
@@ -108,8 +107,8 @@ def run_benchmark(
     print_table(folder, cells, wanted)
     if dry_run:
         return 0
-    if launcher == "local":
-        check_device(checked)
+    if launcher == "local" and not has_device(checked.device):
+        raise checked.error("device", f"{checked.device}, but none is found here. Set cpu.")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         check_leaks(data, folder)
@@ -127,31 +126,16 @@ def run_benchmark(
             hidden = task["split"]["unlabeled"][: checked.pseudo_labels] if "split" in task else []
             if hidden:
                 place_once(data.raw, hidden, folder / "pseudo_labels" / task_folder.name)
-        places = [folder / "cells" / cell.id for cell in cells]
-        head = describe(checked, data, folder)
-
-        def write() -> None:
-            write_tables(folder, head, places)
-
-        write()
-        needs = order_tasks(folder, wanted, plan)
-        run_tasks(needs, where, write)
-        write()
-    failed = [c.id for c in wanted if not is_done(folder / "cells" / c.id)]
-    print(f"{len(wanted) - len(failed)} of {len(wanted)} cells are done: {folder / 'results.csv'}")
-    if failed:
-        print(f"Failed: {', '.join(failed)}. The same command tries them again.")
-    else:
+        failed = run_cells(
+            folder,
+            describe(checked, data, folder),
+            [folder / "cells" / cell.id for cell in cells],
+            order_tasks(folder, wanted, plan),
+            where,
+        )
+    if not failed:
         print(f"Next: nnunet_ssl report {shlex.quote(str(folder))} -o report.html")
-    return int(bool(failed))
-
-
-def check_device(spec: Spec) -> None:
-    """Raise UserError if there is no GPU where one is asked for."""
-    import torch
-
-    if spec.device == "cuda" and not torch.cuda.is_available():
-        raise spec.error("device", "cuda (the default), but no CUDA GPU is found here. Set cpu.")
+    return int(failed)
 
 
 # --- the data -----------------------------------------------------------------------------------
@@ -292,16 +276,6 @@ def _stamp(files: Sequence[Path]) -> str:
     return "|".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
 
 
-def place_once(raw: RawDataset, cases: Sequence[str], target: Path) -> None:
-    """Link cases of the source into `target/images` and `target/labels`, unless they are there."""
-    if target.is_dir():
-        if {p.name for p in (target / "labels").iterdir()} == {raw.masks[c].name for c in cases}:
-            return
-        shutil.rmtree(target)  # of a spec that no cell has begun with
-    with atomic_folders(target) as (part,):
-        place_cases(raw, cases, part / "images", part / "labels")
-
-
 def test_folders(data: Data, folder: Path) -> tuple[Path, Path]:
     """Return the folders of test images and masks."""
     if data.test_images and data.test_labels:
@@ -367,7 +341,7 @@ def dataset_task(
             "planner": planner,
             "plans": small and vars(small),
         },
-        "environment": environment(folder, 1),
+        "environment": environment(own_folders(folder), 1),
         "split": {
             "source": str(data.raw.folder),
             "id": number,
@@ -401,20 +375,10 @@ def dataset_id(place: Path, built: Mapping[Path, dict]) -> int:
     return next(number for number in range(1, 1000) if number not in taken)
 
 
-def environment(folder: Path, workers: int, results: str = "nnUNet_results") -> dict[str, str]:
-    """Variables of the commands: nnU-Net's folders inside ours; processes shared by the workers."""
-    cores = os.cpu_count() or 1
-    paths = {name: str(folder / name) for name in NNUNET_FOLDERS}
-    return {
-        **paths,
-        "nnUNet_results": str(folder / results),
-        VARIABLE: trainer_path(),
-        "nnUNet_n_proc_DA": os.environ.get(
-            "nnUNet_n_proc_DA", str(max(2, min(12, cores // workers)))
-        ),
-        "nnUNet_def_n_proc": os.environ.get("nnUNet_def_n_proc", str(min(8, cores))),
-        "PYTHONUNBUFFERED": "1",
-    }
+def own_folders(folder: Path, results: str = "nnUNet_results") -> dict[str, Path]:
+    """nnU-Net's folders inside ours."""
+    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    return {name: folder / name for name in names} | {"nnUNet_results": folder / results}
 
 
 def cell_task(
@@ -474,7 +438,7 @@ def cell_task(
             "evaluate": {"units": spec.units, "tolerance": spec.tolerance},
             "pseudo_labels": len(hidden) if pseudo_labels else 0,
         },
-        "environment": environment(folder, workers, results),
+        "environment": environment(own_folders(folder, results), workers),
         "row": {k: v for k, v in vars(cell).items() if k != "epochs"},
         "train": {
             "command": train,
@@ -517,45 +481,6 @@ def order_tasks(
     return needs
 
 
-# --- an existing folder -------------------------------------------------------------------------
-
-
-def check_folder(folder: Path, plan: Mapping[Path, dict]) -> None:
-    """Check that a folder is empty, or ours and made with settings that its cells still fit.
-
-    Raises:
-        UserError: names the key that differs and both values.
-    """
-    if not folder.is_dir() or not any(p.name != ".lock" for p in folder.iterdir()):
-        return
-    if not (folder / "spec.yaml").is_file() and not (folder / HASHES).is_file():
-        raise UserError(f"{folder} holds other files. Give an empty or new folder with -o.")
-    for place, task in plan.items():
-        if "train" not in task or not (place / TASK).is_file() or not has_begun(place):
-            continue
-        before = read_task(place)["definition"]
-        for key, value in json.loads(json.dumps(task["definition"])).items():
-            if before.get(key, value) != value:
-                raise UserError(
-                    f"Cell {place.name} in {folder} has begun with another spec: {key} was "
-                    f"{short(before[key])}, now it is {short(value)}. Give a new folder with "
-                    f"-o, or put {key} back."
-                )
-
-
-def has_begun(place: Path) -> bool:
-    """Tell whether a cell's training has left anything."""
-    stages = read_state(place)["stages"]
-    model = Path(read_task(place)["train"]["model"])
-    return bool(stages) or any(model.glob("checkpoint_*.pth"))
-
-
-def short(value: Any) -> str:
-    """A value for a message."""
-    shown = json.dumps(value)
-    return shown if len(shown) <= 120 else f"{shown[:117]}..."
-
-
 def renew_if_changed(place: Path, task: dict) -> None:
     """Throw away a data set that was made for another spec; no cell has begun to use it."""
     if "split" not in task or not (place / TASK).is_file():
@@ -590,42 +515,3 @@ def describe(spec: Spec, data: Data, folder: Path) -> dict[str, Any]:
         },
         "units": "draws and seeds",
     }
-
-
-def print_table(folder: Path, cells: Sequence[Cell], wanted: Sequence[Cell]) -> None:
-    """Print each cell with its state and its time, known or expected from cells like it."""
-    taken: dict[str, float] = {}
-    states: dict[str, str] = {}
-    for cell in cells:
-        place = folder / "cells" / cell.id
-        if not (place / TASK).is_file():
-            states[cell.id] = "waiting"
-            continue
-        state = read_state(place)
-        done = is_done(place)
-        states[cell.id] = "failed" if state["error"] else "done" if done else "waiting"
-        if done:
-            taken[cell.id] = sum(facts["seconds"] for facts in state["stages"].values())
-    like: dict[str, list[float]] = {}
-    for cell in cells:
-        if cell.id in taken:
-            like.setdefault(cell.name, []).append(taken[cell.id])
-    width = max(len(cell.id) for cell in wanted)
-    left = 0.0
-    for cell in wanted:
-        time = ""
-        if cell.id in taken:
-            time = duration(taken[cell.id])
-        elif cell.name in like:
-            expected = sum(like[cell.name]) / len(like[cell.name])
-            left += expected
-            time = f"about {duration(expected)}"
-        line = f"{cell.id:{width}}  {cell.role:13}  {states[cell.id]:7}  {time}"
-        print(line.rstrip())
-    count = sum(states[cell.id] != "done" for cell in wanted)
-    unknown = sum(states[c.id] != "done" and c.name not in like for c in wanted)
-    text = f"{len(wanted)} cells, {count} to run"
-    if left:
-        text += f", about {duration(left)}"
-        text += f" and {unknown} of unknown time" if unknown else ""
-    print(text, flush=True)

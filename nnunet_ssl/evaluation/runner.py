@@ -1,6 +1,7 @@
 """Runs the tasks of a folder: several at a time, each in a process of its own, with progress."""
 
 import csv
+import json
 import os
 import shlex
 import signal
@@ -15,12 +16,15 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from nnunet_ssl.doctor import VARIABLE, trainer_path
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation import tasks
+from nnunet_ssl.evaluation.cells import Cell
 from nnunet_ssl.evaluation.tasks import LOGS, STATE, TASK, is_done, read_state, read_task
 from nnunet_ssl.history import LOG_NAME
 from nnunet_ssl.io import write_json
 
+LOCK = ".lock"
 POLL = 0.5  # seconds between two looks at the tasks
 LAST_LINES = 15
 # what training tells, beside its seconds
@@ -158,7 +162,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: one is at work there.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -178,6 +182,62 @@ def write_task(folder: Path, task: Mapping[str, Any]) -> None:
     write_json(task, folder / TASK)
 
 
+def environment(folders: Mapping[str, Path], workers: int) -> dict[str, str]:
+    """Variables of the commands: nnU-Net's folders, and processes that the workers share."""
+    cores = os.cpu_count() or 1
+    processes = {
+        "nnUNet_n_proc_DA": max(2, min(12, cores // workers)),
+        "nnUNet_def_n_proc": min(8, cores),
+    }
+    return {
+        **{name: str(path) for name, path in folders.items()},
+        **{name: os.environ.get(name, str(number)) for name, number in processes.items()},
+        VARIABLE: trainer_path(),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def has_device(device: str) -> bool:
+    """Tell whether there is a GPU, if one is asked for."""
+    import torch
+
+    return device != "cuda" or torch.cuda.is_available()
+
+
+def run_cells(
+    folder: Path,
+    head: Mapping[str, Any],
+    cells: Sequence[Path],
+    needs: Mapping[Path, Path | None],
+    launcher: Launcher,
+) -> bool:
+    """Run tasks, keep runs.json and results.csv up to date, and tell how it ended.
+
+    Args:
+        folder: of the benchmark.
+        head: what runs.json says beside the cells.
+        cells: all cells, for the tables.
+        needs: what to run, see `run_tasks`.
+        launcher: where.
+
+    Returns:
+        True if a cell failed.
+    """
+
+    def write() -> None:
+        write_tables(folder, head, cells)
+
+    write()
+    run_tasks(needs, launcher, write)
+    write()
+    wanted = [place for place in needs if place in cells]
+    failed = [place.name for place in wanted if not is_done(place)]
+    print(f"{len(wanted) - len(failed)} of {len(wanted)} cells are done: {folder / 'results.csv'}")
+    if failed:
+        print(f"Failed: {', '.join(failed)}. The same command tries them again.")
+    return bool(failed)
+
+
 def run_tasks(
     needs: Mapping[Path, Path | None], launcher: Launcher, changed: Callable[[], None]
 ) -> None:
@@ -188,7 +248,7 @@ def run_tasks(
         launcher: where they run.
         changed: called whenever a task has ended.
     """
-    cells = [folder for folder in needs if needs[folder] is not None]
+    cells = [folder for folder in needs if "train" in read_task(folder)]
     waiting = [folder for folder in needs if not is_done(folder)]
     told = {folder: set(read_state(folder)["stages"]) for folder in waiting}
     running: dict[Path, Any] = {}
@@ -279,6 +339,45 @@ def progress(folder: Path) -> float:
     return 0.95 * min(1, epochs / options["epochs"])
 
 
+# --- an existing folder -------------------------------------------------------------------------
+
+
+def check_folder(folder: Path, plan: Mapping[Path, dict]) -> None:
+    """Check that a folder is empty, or ours and made with settings that its cells still fit.
+
+    Raises:
+        UserError: names the key that differs and both values.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / LOCK).is_file():
+        raise UserError(f"{folder} holds other files. Give an empty or new folder with -o.")
+    for place, task in plan.items():
+        if "train" not in task or not (place / TASK).is_file() or not has_begun(place):
+            continue
+        before = read_task(place)["definition"]
+        for key, value in json.loads(json.dumps(task["definition"])).items():
+            if before.get(key, value) != value:
+                raise UserError(
+                    f"Cell {place.name} in {folder} has begun with another spec: {key} was "
+                    f"{short(before[key])}, now it is {short(value)}. Give a new folder with "
+                    f"-o, or put {key} back."
+                )
+
+
+def has_begun(place: Path) -> bool:
+    """Tell whether a cell's training has left anything."""
+    stages = read_state(place)["stages"]
+    model = Path(read_task(place)["train"]["model"])
+    return bool(stages) or any(model.glob("checkpoint_*.pth"))
+
+
+def short(value: Any) -> str:
+    """A value for a message."""
+    shown = json.dumps(value)
+    return shown if len(shown) <= 120 else f"{shown[:117]}..."
+
+
 # --- tables -------------------------------------------------------------------------------------
 
 
@@ -342,3 +441,42 @@ def record(folder: Path, cell: Path) -> dict[str, Any]:
             for command in facts.get("commands", [])
         ],
     }
+
+
+def print_table(folder: Path, cells: Sequence[Cell], wanted: Sequence[Cell]) -> None:
+    """Print each cell with its state and its time, known or expected from cells like it."""
+    taken: dict[str, float] = {}
+    states: dict[str, str] = {}
+    for cell in cells:
+        place = folder / "cells" / cell.id
+        if not (place / TASK).is_file():
+            states[cell.id] = "waiting"
+            continue
+        state = read_state(place)
+        done = is_done(place)
+        states[cell.id] = "failed" if state["error"] else "done" if done else "waiting"
+        if done:
+            taken[cell.id] = sum(facts["seconds"] for facts in state["stages"].values())
+    like: dict[str, list[float]] = {}
+    for cell in cells:
+        if cell.id in taken:
+            like.setdefault(cell.name, []).append(taken[cell.id])
+    width = max(len(cell.id) for cell in wanted)
+    left = 0.0
+    for cell in wanted:
+        time = ""
+        if cell.id in taken:
+            time = duration(taken[cell.id])
+        elif cell.name in like:
+            expected = sum(like[cell.name]) / len(like[cell.name])
+            left += expected
+            time = f"about {duration(expected)}"
+        line = f"{cell.id:{width}}  {cell.role:13}  {states[cell.id]:7}  {time}"
+        print(line.rstrip())
+    count = sum(states[cell.id] != "done" for cell in wanted)
+    unknown = sum(states[c.id] != "done" and c.name not in like for c in wanted)
+    text = f"{len(wanted)} cells, {count} to run"
+    if left:
+        text += f", about {duration(left)}"
+        text += f" and {unknown} of unknown time" if unknown else ""
+    print(text, flush=True)

@@ -426,6 +426,16 @@ def place_cases(
                 _link(spacing, folder / spacing.name, copy)
 
 
+def place_once(raw: RawDataset, cases: Sequence[str], target: Path) -> None:
+    """Link cases into `target/images` and `target/labels`; nothing happens if they are there."""
+    if target.is_dir():
+        if {p.name for p in (target / "labels").iterdir()} == {raw.masks[c].name for c in cases}:
+            return
+        shutil.rmtree(target)
+    with atomic_folders(target) as (part,):
+        place_cases(raw, cases, part / "images", part / "labels")
+
+
 def _link(source: Path, target: Path, copy: bool) -> None:
     if not copy:
         try:
