@@ -82,11 +82,11 @@ def find(source: Path, options: argparse.Namespace) -> Release:
         raise UserError("--spacing: the NIfTI files have their own spacing. Drop --spacing.")
     notes: list[str] = []
     cases = _packed_cases(packed) if packed else _cine_cases(scans, notes)
-    parts = {k: published_list(f"ACDC_{k}.txt") for k in ("train", "val", "test")}
+    patients = {k: published_list(f"ACDC_{k}.txt") for k in ("train", "val", "test")}
     frames: dict[str, list[str]] = {}
     for case in cases:
         frames.setdefault(case.group, []).append(case.name)
-    wanted = {p for patients in parts.values() for p in patients}
+    wanted = {p for names in patients.values() for p in names}
     blind = [c.name for c in cases if c.mask is None and c.group in wanted]
     if blind:
         raise UserError(f"_gt files are missing for {listed(blind)}. Unpack the release again.")
@@ -101,9 +101,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
             "left ventricle": 3,
         },
         # a patient who is absent stands for itself, so that the core reports it
-        splits={
-            k: [c for p in patients for c in frames.get(p, [p])] for k, patients in parts.items()
-        },
+        splits={k: [c for p in names for c in frames.get(p, [p])] for k, names in patients.items()},
         list_name="SSL4MIS, 70/10/20 patients",
         spacing_known=not packed or spacing is not None,
         about={

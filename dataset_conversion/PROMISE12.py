@@ -67,18 +67,14 @@ def find(source: Path, options: argparse.Namespace) -> Release:
         )
     cases = [Case(name, (scans[name],), masks[name]) for name in sorted(masks)]
     splits = {k: [f"Case{i:02d}" for i in numbers] for k, numbers in PARTS.items()}
+    notes = []
     if options.use_test_images:
         if not hidden:
             raise UserError(f"{source} holds no test scans. Drop --use-test-images.")
         cases += [Case(name, (path,)) for name, path in hidden.items()]
         splits["train"] += hidden
-    notes = (
-        []
-        if options.use_test_images or not hidden
-        else [
-            f"{len(hidden)} scan(s) of the challenge's test set left out; --use-test-images adds them."
-        ]
-    )
+    elif hidden:
+        notes = [f"{len(hidden)} test scan(s) of the challenge left out (--use-test-images)."]
     return Release(
         name="PROMISE12",
         cases=cases,

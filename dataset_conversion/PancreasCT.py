@@ -16,8 +16,8 @@ where no way qualifies is refused.
 With --protocol cropped-literature TCIA's scans are made as MC-Net's files were: resampled to 1 mm,
 clipped to -125 to 275 HU, cut in x and y 25 voxels around the mask, at least 96; z-scoring is
 nnU-Net's. The h5 files are cut around the mask already and always cropped-literature. MC-Net's have
-1 mm. CoraNet's are cut in z, too, and their maker took the spacing between slices for that in plane,
-so that their true spacing is unknown: 1 is written unless --spacing is given.
+1 mm. CoraNet's are cut in z, too, and were resampled as if slices lay as close as pixels, so that
+their true spacing is unknown: 1 is written unless --spacing is given.
 
 Splits: MC-Net's lists, 62 training scans in their order (--labeled 6 or 12; the others without
 masks) and 20 test scans. --split coranet gives CoraNet's, by number: 62 up to 0063, 18 test scans
@@ -61,6 +61,7 @@ from nnunet_ssl.dataset_conversion.reading import (
 )
 from nnunet_ssl.errors import UserError
 
+LISTS = {"mc-net": "MC-Net, 62/20", "coranet": "CoraNet, by number, 62/18"}
 WITHDRAWN = ("image0025", "image0070")
 FLIPS = {"none": (), "y": (1,), "z": (0,), "y and z": (0, 1)}  # axes of an array z, y, x
 SOFT_TISSUE = (0, 200)  # HU, mean within the mask
@@ -76,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_split_options(parser)
     parser.add_argument(
         "--split",
-        choices=["mc-net", "coranet"],
+        choices=list(LISTS),
         default="mc-net",
         help="whose published lists (%(default)s)",
     )
@@ -123,9 +124,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
         channels=["windowed CT" if cropped else "CT"],
         labels={"background": 0, "pancreas": 1},
         splits=_published(options.split),
-        list_name={"mc-net": "MC-Net, 62/20", "coranet": "CoraNet, by number, 62/18"}[
-            options.split
-        ],
+        list_name=LISTS[options.split],
         withdrawn=WITHDRAWN,
         protocol=CROPPED if cropped else "raw",
         spacing_known=not coranet or spacing is not None,
@@ -133,9 +132,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
             "reference": "Roth et al. 2016, doi:10.7937/K9/TCIA.2016.tNB1kqBU",
             "licence": "CC BY 3.0",
         },
-        notes=[
-            f"{n} was withdrawn from TCIA, but is here." for n in WITHDRAWN if n in found[kinds[0]]
-        ],
+        notes=[f"{c.name} is here, but was withdrawn." for c in cases if c.name in WITHDRAWN],
     )
 
 
@@ -249,8 +246,8 @@ def orient(hu: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, dict[str, str 
     fitting = [(flipped, notes) for flipped, notes, fits in tried if fits]
     if not fitting:
         seen = "; ".join(
-            f"{n['mask_mirrored_in']}: mean {n['mean_hu']} HU, {n['share_below_-100_hu']:.0%} below "
-            f"{FAT}"
+            f"{n['mask_mirrored_in']}: mean {n['mean_hu']} HU, {n['share_below_-100_hu']:.0%} "
+            f"below {FAT}"
             for _, n, _ in tried
         )
         raise UserError(

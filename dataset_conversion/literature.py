@@ -48,8 +48,8 @@ def read_h5(
             absent = [k for k in ("image", "label") if k not in file]
             if absent:
                 raise UserError(
-                    f"{path} has no {' and no '.join(absent)}, only {', '.join(file) or 'nothing'}. "
-                    f"Take the file of the release."
+                    f"{path} has no {' and no '.join(absent)}, only "
+                    f"{', '.join(file) or 'nothing'}. Take the file of the release."
                 )
             arrays = [file[k][()] for k in ("image", "label")]
     except OSError as error:
