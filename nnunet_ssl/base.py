@@ -651,8 +651,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.teacher.eval()
 
     def _autocast(self) -> AbstractContextManager:
-        # No cache of cast weights: before PyTorch 2.10 one that was filled without gradient cuts the
-        # gradient of a later pass through the same network.
+        # No cache of cast weights: before PyTorch 2.10 one that was filled without gradient cuts
+        # the gradient of a later pass through the same network.
         if self.device.type == "cuda":
             return torch.autocast("cuda", cache_enabled=False)
         if self.device.type == "cpu" and self.bf16_on_cpu:
