@@ -227,6 +227,23 @@ def split_channels(image: sitk.Image) -> list[sitk.Image]:
     return [image]
 
 
+def one_plane(image: sitk.Image) -> tuple[sitk.Image, bool]:
+    """Make a grey 2D image of one stored in colour, as components or as a volume of 3 slices.
+
+    Returns:
+        The image, spacing kept, and whether all planes were equal; if not, it is the mean of red,
+        green and blue, rounded.
+    """
+    planes = split_channels(image)
+    if len(planes) == 1 and image.GetDimension() == 3:
+        planes = [image[:, :, i] for i in range(image.GetSize()[2])]
+    arrays = [sitk.GetArrayViewFromImage(p) for p in planes[:3]]  # no opacity
+    if all(np.array_equal(arrays[0], a) for a in arrays[1:]):
+        return planes[0], True
+    mean = np.rint(np.mean(arrays, axis=0)).astype(arrays[0].dtype)
+    return image_from_array(mean, planes[0].GetSpacing()), False
+
+
 def image_from_array(array: np.ndarray, spacing: Sequence[float]) -> sitk.Image:
     """Make an image from voxels in the order (z, y, x) or (y, x); spacing in mm as x, y(, z)."""
     image = sitk.GetImageFromArray(array)

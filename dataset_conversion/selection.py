@@ -1,5 +1,6 @@
 """Which cases train, validate and test, and which of them keep their masks."""
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -132,6 +133,11 @@ def by_group(order: Iterable[str], groups: Mapping[str, str]) -> dict[str, list[
     for case in order:
         members.setdefault(groups[case], []).append(case)
     return members
+
+
+def by_hash(names: Iterable[str]) -> list[str]:
+    """Order names by their hash: as if drawn at random, and alike in every part of a data set."""
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
 def choose_labeled(
