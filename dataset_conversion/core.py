@@ -192,7 +192,7 @@ def build_parser(script: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("-i", required=True, type=Path, metavar="SRC", help="the original download")
+    parser.add_argument("-i", required=True, type=Path, metavar="SRC", help="what to convert")
     parser.add_argument("-d", required=True, type=int, metavar="ID", help="free id, 1-999")
     parser.add_argument(
         "--labeled",
@@ -471,15 +471,18 @@ def _summary(
     lines += [f"  NOTE: {len(v)} {text}: {listed(v)}" for text, v in remarks.items() if v]
     if not release.spacing_known:
         lines.append("  NOTE: the source has no spacing; distances will be in voxels.")
-    if not record["unlabeled"]:
-        lines.append("  All training cases keep their masks.")
     stale = os.environ.get("nnUNet_preprocessed", "")
     if stale and (Path(stale) / target.name).exists():
         lines.append(f"  NOTE: {Path(stale) / target.name} is older; preprocess again.")
     flat = all(stamp["dimension"] == 2 for stamp in stamps.values())
-    plan = f"plan_and_preprocess -d {target.id} -c 2d{'' if flat else ' 3d_fullres'}"
-    split = f"split -d {target.id} -o NEWID --labeled N"
-    lines.append(f"Next: nnunet_ssl {plan if record['unlabeled'] else split}")
+    if record["unlabeled"]:
+        plan = f"plan_and_preprocess -d {target.id} -c 2d{'' if flat else ' 3d_fullres'}"
+        lines.append(f"Next: nnunet_ssl {plan}")
+    else:
+        lines.append(
+            "All training cases keep their masks: a source for nnunet_ssl benchmark, which hides "
+            "them itself. To hide them here, give --labeled N and another id."
+        )
     return "\n".join(lines)
 
 
