@@ -454,7 +454,7 @@ def _summary(
         f"  held out (validation, test, hidden masks): {target.heldout}",
     ]
     annotated = {c: s["label_voxels"] for c, s in stamps.items() if s["label_voxels"]}
-    empty = [c for c, voxels in annotated.items() if not sum(voxels.values()) - voxels["0"]]
+    empty = [c for c, voxels in annotated.items() if not sum(voxels.values()) - voxels.get("0", 0)]
     absent = [
         name
         for name, v in release.labels.items()
