@@ -125,8 +125,8 @@ def read(case: Case, options: argparse.Namespace) -> Scan:
     values = sitk.GetArrayViewFromImage(mask)
     if values.any() and not (values == ATRIUM).any():
         raise UserError(
-            f"{case.mask} holds no {ATRIUM}, but {listed(np.unique(values).tolist())}. Take the "
-            f"laendo.nrrd of the challenge."
+            f"{case.mask} holds no {ATRIUM}, but {listed([f'{v:g}' for v in np.unique(values)])}. "
+            f"Take the laendo.nrrd of the challenge."
         )
     other = int(np.count_nonzero((values != ATRIUM) & (values != 0)))
     notes = {"voxels_neither_0_nor_255_as_background": other} if other else {}
