@@ -712,7 +712,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         norms = [nn.utils.clip_grad_norm_(m.parameters(), GRADIENT_CLIP) for m in phase.modules]
         if self.grad_scaler is not None:
             self.grad_scaler.step(phase.optimizer)  # leaves out a step that is not finite
-        elif torch.stack(norms).isfinite().all():
+        elif torch.stack([n.to(self.device) for n in norms]).isfinite().all():
             phase.optimizer.step()
         else:
             self._skipped_steps += 1

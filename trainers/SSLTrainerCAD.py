@@ -167,8 +167,8 @@ class SSLTrainerCAD(SemiSupervisedTrainer):
             target = torch.where(inside, batch.target.roll(1, 0), batch.target)
             yield {"sup": self.loss(self.student(x), self.deep(target))}
             return
-        # Deviates: a random half, not the first, gets labelled boxes in unlabelled patches: nnU-Net forces
-        # foreground into the centre of the last patches, which the box always covers.
+        # Deviates: a random half, not the first, gets labelled boxes in unlabelled patches:
+        # nnU-Net forces foreground into the centre of the last patches, and the box covers it.
         half = (len(inside) + int(torch.randint(2, ()))) // 2
         first = (torch.randperm(len(inside)) < half).to(self.device)
         true_voxels = inside == first.view(-1, *[1] * (inside.ndim - 1))

@@ -28,6 +28,10 @@ def run_everything(device, spatial):
     f.random_blocks(3, spatial, 4, 0.5, [1] * n, device=device)
     for distance in (f.feature_l1, f.feature_cosine):
         distance(x, x, valid)
+    f.cutout(x, 0.5, 0.02, 0.4, valid)
+    half = tuple(s // 2 for s in spatial)
+    windows = f.Windows((0,) * n, half, half, torch.ones(half, dtype=torch.bool))
+    f.displace(x, x, [windows, None, windows], [1] * n, "region")
     f.downsample(valid, [[1.0] * n, [0.5] * n])
     f.softmax_mse(logits, f.to_prob(logits, False), valid)
     f.sigmoid_mse(logits, f.to_prob(logits, True), multi)
@@ -40,6 +44,8 @@ def run_everything(device, spatial):
 
     for regions, target in ((False, label), (True, multi)):
         prob = f.to_prob(logits, regions)
+        f.coarse_maps(prob, valid, [2] * n, regions)
+        f.squared_dice_loss(logits, target, valid, regions)
         f.normalized_entropy(prob, regions)
         shares = class_shares(target, valid, 3, regions, torch.ones(3, dtype=torch.bool))
         with torch.device(device):

@@ -1,11 +1,10 @@
 """M3HL: what its mixes show, and where its losses reach."""
 
-import dataclasses
 import sys
 
 import pytest
 import torch
-from torch import Tensor
+from resize_batch import resized
 
 from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.functional import feature_cosine, feature_l1, random_blocks, random_boxes
@@ -19,22 +18,6 @@ def started(make_trainer, settings="", dataset="Toy", configuration="3d_fullres"
     trainer.on_train_start()
     data = Batch.from_loader(next(trainer.dataloader_train), trainer.device)
     return trainer, data if batch is None else resized(data, batch)
-
-
-def resized(data, size):
-    """The batch with so many samples; repeated ones differ by their intensity."""
-
-    def part(value):
-        if isinstance(value, Tensor):
-            repeated = value.repeat(-(-size // len(value)), *[1] * (value.ndim - 1))[:size]
-            if repeated.is_floating_point():
-                repeated += torch.arange(size).view(-1, *[1] * (value.ndim - 1)) * 0.1
-            return repeated
-        if isinstance(value, list):
-            return [part(v) for v in value] if value and isinstance(value[0], Tensor) else value
-        return {k: part(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    return Batch(**{f.name: part(getattr(data, f.name)) for f in dataclasses.fields(data)})
 
 
 def watch(trainer, monkeypatch):
