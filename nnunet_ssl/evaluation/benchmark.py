@@ -111,12 +111,12 @@ def run_benchmark(
         raise checked.error("device", f"{checked.device}, but none is found here. Set cpu.")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        check_leaks(data, folder)
         where: Launcher = (
             SubmititLauncher(folder / "submitit", checked.device)
             if launcher == "slurm"
             else LocalLauncher(workers)
         )
+        check_leaks(data, folder)
         write_text(checked.text, folder / "spec.yaml")
         if not data.test_images:
             place_once(data.raw, list(data.test), folder / "test")
@@ -256,7 +256,8 @@ def check_leaks(data: Data, folder: Path) -> None:
     if missing:
         reader = data.raw.reader_writer()
         jobs = [(files, reader, data.raw.num_channels) for files in missing.values()]
-        with Workers(min(4, os.cpu_count() or 1)) as workers:
+        # starting a process takes as long as reading some ten small images
+        with Workers(max(1, min(4, os.cpu_count() or 1, len(jobs) // 10))) as workers:
             infos = workers.map(inspect_case, jobs, "Comparing test and training images")
         known |= {key: info.content for key, info in zip(missing, infos, strict=True)}
         write_json(known, path)
@@ -412,10 +413,11 @@ def cell_task(
     pseudo_labels = None
     if hidden and cell.role in ("method", "twin"):
         held = folder / "pseudo_labels" / dataset_place
-        checkpoints = {100 * f: f"checkpoint_at_{100 * f:g}.pth" for f in PSEUDO_LABELS_AT}
+        percents = [f"{100 * fraction:g}" for fraction in PSEUDO_LABELS_AT]
+        checkpoints = {percent: f"checkpoint_at_{percent}.pth" for percent in percents}
         moments = []
-        for progress, checkpoint in {**checkpoints, 100: "checkpoint_final.pth"}.items():
-            output = place / "pseudo_labels" / f"at_{progress:g}"
+        for progress, checkpoint in {**checkpoints, "100": "checkpoint_final.pth"}.items():
+            output = place / "pseudo_labels" / f"at_{progress}"
             moments.append(
                 {
                     "progress": progress,

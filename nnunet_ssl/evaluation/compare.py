@@ -11,7 +11,7 @@ from typing import Any
 from nnunet_ssl.data.unlabeled import read_manifest
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.estimate import measure_elsewhere
-from nnunet_ssl.evaluation.cells import Cell, Place, with_twins
+from nnunet_ssl.evaluation.cells import Cell, Place, parts_of, twin_of, with_twins
 from nnunet_ssl.evaluation.runner import (
     LocalLauncher,
     check_folder,
@@ -25,6 +25,7 @@ from nnunet_ssl.evaluation.runner import (
 )
 from nnunet_ssl.evaluation.tasks import TASK, read_state
 from nnunet_ssl.io import environment_folder
+from nnunet_ssl.naming import resolve
 from nnunet_ssl.planning.raw import RawDataset, read_raw_dataset
 from nnunet_ssl.planning.splits import Splits, ensure_splits, place_once
 
@@ -130,10 +131,14 @@ def check_ready(raw: RawDataset, base: Path, configuration: str, plans: str) -> 
 
 def expand(trainers: Sequence[str], splits: Splits, annotated: int) -> list[Cell]:
     """Return a cell for each fold, trainer and twin."""
+    settings = [parts_of(trainer)[1].items() for trainer in trainers]
+    common = dict(i for i in settings[0] if all(i in other for other in settings))
+    known = [resolve(twin_of(trainer)[0]).settings() for trainer in trainers]  # type: ignore
+    common = {k: v for k, v in common.items() if all(k in twin for twin in known)}
     cells: list[Cell] = []
     for number in range(len(splits)):
         place = Place(f"fold{number}", annotated, str(annotated), fold=str(number))
-        twins, methods = with_twins(trainers, {}, place)
+        twins, methods = with_twins(trainers, common, place)
         cells += twins + methods
     return cells
 

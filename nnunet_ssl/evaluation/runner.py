@@ -22,7 +22,7 @@ from nnunet_ssl.evaluation import tasks
 from nnunet_ssl.evaluation.cells import Cell
 from nnunet_ssl.evaluation.tasks import LOGS, STATE, TASK, is_done, read_state, read_task
 from nnunet_ssl.history import LOG_NAME
-from nnunet_ssl.io import write_json
+from nnunet_ssl.io import write_json, write_text
 
 LOCK = ".lock"
 POLL = 0.5  # seconds between two looks at the tasks
@@ -105,8 +105,10 @@ class SubmititLauncher:
             raise UserError(
                 "--launcher slurm needs submitit. Run: pip install 'nnunet-ssl[slurm]'"
             ) from error
+        self.folder = folder / "%j"
+        self.job_class = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
         try:
-            self.executor = submitit.AutoExecutor(folder / "%j", cluster=cluster)
+            self.executor = submitit.AutoExecutor(self.folder, cluster=cluster)
         except RuntimeError as error:  # no sbatch here
             raise UserError(
                 f"--launcher slurm: {error}. Start the runner where sbatch is, or leave the option "
@@ -123,11 +125,11 @@ class SubmititLauncher:
         """Submit a task, unless an earlier runner's job for it is still there."""
         note = folder / "job.txt"
         if note.is_file():
-            job = self.executor.job_class(self.executor.folder, note.read_text().strip())
+            job = self.job_class(self.folder, note.read_text().strip())
             if not job.done():
                 return job
         job = self.executor.submit(ClusterTask(folder))
-        note.write_text(job.job_id)
+        write_text(job.job_id, note)
         return job
 
     def ended(self, job: Any) -> bool:

@@ -28,8 +28,7 @@ from filelock import FileLock
 import nnunet_ssl
 from nnunet_ssl.commands import EPOCH_ENDS, run_command
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.history import LOG_NAME, read_log
-from nnunet_ssl.io import write_json, write_text
+from nnunet_ssl.io import atomic_path, write_json, write_text
 
 TASK, STATE, LOGS = "task.json", "state.json", "logs"
 PACKAGES = ("nnunet-ssl", "nnunetv2", "torch", "numpy", "batchgeneratorsv2")
@@ -149,6 +148,8 @@ def train(task: dict, folder: Path) -> dict:
 
 def training_facts(task: dict, folder: Path) -> dict:
     """Return what the training cost and on what it ran."""
+    from nnunet_ssl.history import LOG_NAME, read_log
+
     options = task["train"]
     records = read_log(Path(options["model"]) / LOG_NAME)
     patches = {kind: sum(r["patches"][kind] for r in records) for kind in ("labeled", "unlabeled")}
@@ -208,7 +209,7 @@ def pseudo_labels(task: dict, folder: Path) -> dict:
     rows = []
     for moment in task["pseudo_labels"]["moments"]:
         run_stage(moment["command"], folder, "pseudo_labels")
-        output = folder / "pseudo_labels" / f"evaluation_{moment['progress']:g}"
+        output = folder / "pseudo_labels" / f"evaluation_{moment['progress']}"
         score({**task["evaluate"], **moment["evaluate"]}, output)
         with (output / "cases.csv").open(newline="") as file:
             rows += [
@@ -222,8 +223,6 @@ def pseudo_labels(task: dict, folder: Path) -> dict:
 
 def write_csv(header: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
     """Write a table atomically."""
-    from nnunet_ssl.io import atomic_path
-
     with atomic_path(path) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
