@@ -148,7 +148,7 @@ def _check_pages(path: Path) -> None:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and not path.exists():
         return "there is no such file. Check the name."
     text = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
     fix = "The file is damaged or cut short; copy or export it again."
