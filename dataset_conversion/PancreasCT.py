@@ -8,7 +8,7 @@ Reads one of three releases, told apart by the files; put images and labels belo
   0001.h5                                              CoraNet's, which BCP uses
 
 TCIA's masks are stored mirrored against the DICOM files: the y axis, depending on the reader also
-z. Each mask is tried in all four ways. Those that lie in soft tissue (mean 0 to 200 HU, at most 5 %
+z. Each mask is tried in all four ways. Those that lie in soft tissue (mean 0 to 200 HU, at most 10 %
 of the voxels below -100 HU) qualify, and that with the largest step in HU at its border is taken:
 the pancreas lies in fat. conversion.json tells the choice and its numbers under `notes`; a scan
 where no way qualifies is refused.
@@ -66,7 +66,7 @@ WITHDRAWN = ("image0025", "image0070")
 FLIPS = {"none": (), "y": (1,), "z": (0,), "y and z": (0, 1)}  # axes of an array z, y, x
 SOFT_TISSUE = (0, 200)  # HU, mean within the mask
 FAT = -100  # HU
-MOST_FAT = 0.05  # of the mask's voxels below it
+MOST_FAT = 0.1  # of the mask's voxels below it; borders lie in fat
 SHELL = 3  # voxels around the mask
 WINDOW = (-125, 275)  # HU
 LEAST, MARGIN = 96, 25  # voxels, box around the mask and what is added to it
