@@ -10,16 +10,16 @@ whose masks are not public. They are left out, or used without masks (--use-test
 test_Case00, ..., as the numbers are used twice).
 
 Splits: 35/5/10 training, validation and test scans, --labeled 3 or 7. The challenge gives none, and
-papers differ; this is the one of the code of ABD and beta-FFT, by number: Case00-34 train in this
-order, 35-39 validate, 40-49 test. The numbers are no random order of the scanners, so report
-several --draw, or give another order with --list and --test.
+papers differ; this is the one in the code of Chi et al. 2024, by number: Case00-34 train in this
+order, 35-39 validate, 40-49 test. Numbers are no random order, so report several --draw, or give
+another order with --list and --test.
 
 Examples:
   nnunet_ssl convert PROMISE12 -i promise12 -d 50 --labeled 7
   nnunet_ssl convert PROMISE12 -i promise12 -d 51 --labeled 7 --draw 1
 
-Source: https://promise12.grand-challenge.org; Litjens et al. 2014,
-doi:10.1016/j.media.2013.12.002; split: Chi et al. 2024 (ABD), arXiv:2405.00378
+Source: https://promise12.grand-challenge.org (its terms); Litjens et al. 2014,
+doi:10.1016/j.media.2013.12.002; split: Chi et al. 2024, arXiv:2405.00378
 """
 
 import argparse
@@ -81,7 +81,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
         channels=["T2-MRI"],
         labels={"background": 0, "prostate": 1},
         splits=splits,
-        list_name="ABD, by number, 35/5/10",
+        list_name="Chi et al. 2024, by number, 35/5/10",
         about={
             "reference": "Litjens et al. 2014, doi:10.1016/j.media.2013.12.002",
             "licence": "terms at promise12.grand-challenge.org",

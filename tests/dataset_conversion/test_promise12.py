@@ -130,7 +130,7 @@ def test_own_lists(challenge, raw_root, tmp_path):
 
 
 def test_one_part_only(part, raw_root):
-    with pytest.raises(UserError, match=r"48 case\(s\) of the list \(ABD.*Case02.*--allow-missing"):
+    with pytest.raises(UserError, match=r"48 case\(s\) of the list \(Chi.*Case02.*--allow-missing"):
         run(part)
 
 
