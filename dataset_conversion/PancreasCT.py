@@ -8,10 +8,10 @@ Reads one of three releases, told apart by the files; put images and labels belo
   0001.h5                                              CoraNet's, which BCP uses
 
 TCIA's masks are stored mirrored against the DICOM files: the y axis, depending on the reader also
-z. Each mask is tried in all four ways. Those that lie in soft tissue (mean 0 to 200 HU, at most 10 %
-of the voxels below -100 HU) qualify, and that with the largest step in HU at its border is taken:
-the pancreas lies in fat. conversion.json tells the choice and its numbers under `notes`; a scan
-where no way qualifies is refused.
+z. Each mask is tried in all four ways. Those that lie in soft tissue (mean 0 to 200 HU, at most
+10 % of the voxels below -100 HU) qualify, and that with the largest step in HU at its border is
+taken: the pancreas lies in fat. conversion.json tells the choice and its numbers under `notes`; a
+scan where no way qualifies is refused.
 
 With --protocol cropped-literature TCIA's scans are made as MC-Net's files were: resampled to 1 mm,
 clipped to -125 to 275 HU, cut in x and y 25 voxels around the mask, at least 96; z-scoring is
