@@ -1,0 +1,210 @@
+"""HC18: fetal head in 2D ultrasound, challenge of 2018; 999 images, of which 806 examinations.
+
+Reads XXX_HC.png, XXX_HC_Annotation.png and training_set_pixel_size_and_HC.csv at any depth. The
+annotation is an ellipse drawn as a line. The mask is the line (about 2.5 pixels) and what it
+encloses; where the head reaches the border of the image, the line is open and the border closes
+it. Copies in which the ellipse is filled, or stored in colour, are recognised. PNG has no spacing:
+the pixel size of the csv (0.05-0.33 mm, other in each image) goes into the NIfTI file.
+
+Splits: none is published. The numbers grow with the size of the head (correlation 0.9), so the
+first N by name would be early pregnancies alone: the order here is by hash of the examination,
+random and the same for everyone; --list gives another. Images of one examination (same three
+digits) stay together. The release does not tell which examinations are of one woman: the 1334
+images of training and test set are of 551. --labeled counts images: 100 (10 %) or 200 (20 %) of
+the 999. Papers test on part of the training images, too (--test counts examinations), since
+masks of the challenge's 335 test images are not public.
+
+cases.csv, for training cases: pixel_size and head_circumference, in mm.
+
+Examples:
+  nnunet_ssl convert HC18 -i HC18 -d 30 --test 160 --labeled 80
+  nnunet_ssl convert HC18 -i HC18 -d 31 --test 160 --labeled 80 --draw 1
+  nnunet_ssl convert HC18 -i HC18 -d 32 --labeled 100 --use-test-images
+
+Source: https://zenodo.org/records/1327317 (CC BY 4.0 as copies state it); van den Heuvel et al.
+2018, doi:10.1371/journal.pone.0200412
+"""
+
+import argparse
+import csv
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from scipy.ndimage import label as components
+
+from nnunet_ssl.dataset_conversion.core import Case, Release, Scan, add_split_options, run_script
+from nnunet_ssl.dataset_conversion.reading import (
+    describe_folder,
+    files_below,
+    image_from_array,
+    listed,
+    one_plane,
+    read_image,
+    split_channels,
+)
+from nnunet_ssl.dataset_conversion.selection import by_hash
+from nnunet_ssl.errors import UserError
+
+IMAGE = re.compile(r"((\d{3})_\d?HC)(_Annotation)?\.png", re.IGNORECASE)
+PIXEL_SIZE, CIRCUMFERENCE = "pixel size", "head circumference"  # followed by (mm), with blanks
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Splits, and what happens to the challenge's test images."""
+    add_split_options(parser)
+    parser.add_argument(
+        "--use-test-images",
+        action="store_true",
+        help="train on the images of test_set, too, without masks. Results on the challenge's own "
+        "test set are transductive then: say so",
+    )
+
+
+def find(source: Path, options: argparse.Namespace) -> Release:
+    """List images, by hash of the examination; test images are those in a folder `test...`."""
+    images: dict[bool, dict[str, Path]] = {False: {}, True: {}}  # test image or not
+    masks: dict[str, Path] = {}
+    for path in files_below(source, ".png"):
+        if not (match := IMAGE.fullmatch(path.name)):
+            continue
+        folders = path.relative_to(source).parts[:-1] or (source.resolve().name,)
+        test = any(f.lower().startswith("test") for f in folders)
+        place = masks if match[3] else images[test]
+        name = match[1].upper()
+        if name in place:
+            raise UserError(f"{place[name]} and {path} are the same case. Remove one copy.")
+        place[name] = path
+    train = images[False]
+    if not masks or not train:
+        raise UserError(
+            f"{source} holds no XXX_HC.png with XXX_HC_Annotation.png, but "
+            f"{describe_folder(source)}. Give the folder with training_set and its csv file."
+        )
+    alone = sorted(set(train) ^ set(masks))
+    if alone:
+        raise UserError(
+            f"Image or annotation is missing for {listed(alone)}. Unpack training_set again."
+        )
+    numbers = _read_tables(source)
+    examinations: dict[str, list[str]] = {}
+    for name in train:
+        examinations.setdefault(name[:3], []).append(name)
+    cases = [
+        Case(name, (train[name],), masks[name], group, row, row["pixel_size"])
+        for group in by_hash(examinations)
+        for name in examinations[group]
+        for row in [_row(numbers, name, train[name], test=False)]
+    ]
+    if options.use_test_images:
+        if not images[True]:
+            raise UserError(f"{source} has no folder test_set. Drop --use-test-images.")
+        for name, path in images[True].items():  # numbered anew: 000_HC is another examination
+            row = _row(numbers, name, path, test=True)
+            new = f"test_{name}"
+            cases.append(Case(new, (path,), None, new[:8], row, row["pixel_size"]))
+    return Release(
+        name="HC18",
+        cases=cases,
+        channels=["US"],
+        labels={"background": 0, "fetal head": 1},
+        list_name="by hash of the examination; none is published",
+        counts="images",
+        about={
+            "reference": "van den Heuvel et al. 2018, doi:10.1371/journal.pone.0200412",
+            "licence": "CC BY 4.0 as copies of the data state it",
+        },
+    )
+
+
+def _read_tables(source: Path) -> dict[tuple[bool, str], dict[str, float]]:
+    """Read the csv files: (test image or not, name of the case) -> numbers in mm."""
+    numbers: dict[tuple[bool, str], dict[str, float]] = {}
+    for path in files_below(source, ".csv"):
+        try:
+            rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"Cannot read {path}: {error}. Unpack it again.") from error
+        columns = {re.sub(r"[\s_]+", " ", c.strip().lower()): c for c in (rows[0] if rows else {})}
+        size, length = (
+            next((c for clean, c in columns.items() if clean.startswith(start)), None)
+            for start in (PIXEL_SIZE, CIRCUMFERENCE)
+        )
+        if "filename" not in columns or size is None:
+            continue  # another table
+        for row in rows:
+            name = row[columns["filename"]].strip()
+            try:
+                values = {"pixel_size": float(row[size])}
+                if length is not None:
+                    values["head_circumference"] = float(row[length])
+            except (TypeError, ValueError):
+                values = {"pixel_size": math.nan}
+            if not all(math.isfinite(v) and v > 0 for v in values.values()):
+                raise UserError(
+                    f"{path}: {name} has no pixel size or circumference above 0. Unpack the csv "
+                    f"file again."
+                )
+            numbers[length is None, Path(name).stem.upper()] = values
+    return numbers
+
+
+def _row(
+    numbers: dict[tuple[bool, str], dict[str, float]], name: str, path: Path, test: bool
+) -> dict[str, float]:
+    if (test, name) not in numbers:
+        file = "test_set_pixel_size.csv" if test else "training_set_pixel_size_and_HC.csv"
+        raise UserError(
+            f"No csv file tells the pixel size of {path}. Put {file} of the release into the "
+            f"folder that is given with -i."
+        )
+    return numbers[test, name]
+
+
+def read(case: Case, options: argparse.Namespace) -> Scan:
+    """Read one image; fill its contour."""
+    spacing = [case.extra] * 2
+    image, grey = one_plane(read_image(case.images[0]))
+    image.SetSpacing(spacing)
+    notes = {} if grey else {"image": "colour, mean taken"}
+    if case.mask is None:
+        return Scan([image], notes=notes)
+    planes = [sitk.GetArrayFromImage(p) for p in split_channels(read_image(case.mask))[:3]]
+    bright = np.max(planes, axis=0)  # opacity is left out; the line may have any colour
+    filled, kind = fill_contour(bright > bright.max() / 2, case.mask)
+    mask = image_from_array(filled.astype(np.uint8), spacing)
+    return Scan([image], mask, notes | {"contour": kind} if kind != "closed" else notes)
+
+
+def fill_contour(line: np.ndarray, path: Path) -> tuple[np.ndarray, str]:
+    """Fill an ellipse, which the border of the image may cut.
+
+    Args:
+        line: bool, (y, x), the drawn line, or the filled ellipse.
+        path: for messages.
+
+    Returns:
+        Mask with the line; `closed`, `closed along the image border`, or `filled already`.
+
+    Raises:
+        UserError: nothing is drawn, or the line has a gap.
+    """
+    if not line.any():
+        raise UserError(f"{path} is empty. Unpack training_set again.")
+    where = np.argwhere(line)
+    centre = tuple(np.rint(where.mean(axis=0)).astype(int))  # inside, for any part of an ellipse
+    if line[centre]:
+        return line, "filled already"
+    regions, _ = components(~line)
+    inside = regions == regions[centre]
+    low, high = where.min(axis=0), where.max(axis=0) + 1
+    if inside.sum() > inside[low[0] : high[0], low[1] : high[1]].sum():
+        raise UserError(f"{path}: the contour has a gap, it encloses nothing. Close the line.")
+    cut = any(side.any() for side in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
+    return line | inside, "closed along the image border" if cut else "closed"
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(__file__))
