@@ -32,6 +32,7 @@ Xiong et al. 2021, doi:10.1016/j.media.2020.101832; Yu et al. 2019 (UA-MT), arXi
 import argparse
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -46,7 +47,7 @@ from nnunet_ssl.dataset_conversion.core import (
     add_split_options,
     run_script,
 )
-from nnunet_ssl.dataset_conversion.literature import crop_around_mask, read_h5, read_spacing
+from nnunet_ssl.dataset_conversion.literature import box_around_mask, read_h5, read_spacing
 from nnunet_ssl.dataset_conversion.reading import (
     describe_folder,
     files_below,
@@ -54,6 +55,7 @@ from nnunet_ssl.dataset_conversion.reading import (
     published_list,
     read_image,
 )
+from nnunet_ssl.dataset_conversion.writing import check_geometry
 from nnunet_ssl.errors import UserError
 
 ATRIUM = 255  # in the challenge's masks
@@ -129,14 +131,16 @@ def read(case: Case, options: argparse.Namespace) -> Scan:
             f"Take the laendo.nrrd of the challenge."
         )
     other = int(np.count_nonzero((values != ATRIUM) & (values != 0)))
-    notes = {"voxels_neither_0_nor_255_as_background": other} if other else {}
+    notes: dict[str, Any] = {"voxels_neither_0_nor_255_as_background": other} if other else {}
     mask = mask == ATRIUM
     if options.protocol != CROPPED:
         return Scan([image], mask, notes)
     draw = random.Random(case.name)
     margins = [draw.choice(MARGINS) for _ in range(4)]
-    image, mask, box = crop_around_mask(image, mask, LEAST, margins)
-    return Scan([image], mask, {**notes, "box_x_y": box, "margins": margins})
+    check_geometry(image, mask, case.name, f"mask {case.mask}")  # two cuts would look alike
+    x0, x1, y0, y1 = box = box_around_mask(mask, LEAST, margins)
+    notes |= {"box_x_y": box, "margins": margins}
+    return Scan([image[x0:x1, y0:y1, :]], mask[x0:x1, y0:y1, :], notes)
 
 
 def _with_spacing(image: sitk.Image, spacing: list[float] | None) -> sitk.Image:

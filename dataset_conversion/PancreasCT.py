@@ -51,7 +51,7 @@ from nnunet_ssl.dataset_conversion.core import (
     add_split_options,
     run_script,
 )
-from nnunet_ssl.dataset_conversion.literature import crop_around_mask, read_h5, read_spacing
+from nnunet_ssl.dataset_conversion.literature import box_around_mask, read_h5, read_spacing
 from nnunet_ssl.dataset_conversion.reading import (
     describe_folder,
     files_below,
@@ -203,10 +203,14 @@ def read(case: Case, options: argparse.Namespace) -> Scan:
     mask.CopyInformation(image)  # the header of the mask describes another orientation
     if options.protocol != CROPPED:
         return Scan([image], mask, notes)
-    image = _to_1mm(sitk.Cast(image, sitk.sitkFloat32), sitk.sitkBSpline)
+    mask = _to_1mm(mask)
+    x0, x1, y0, y1 = box = box_around_mask(mask, LEAST, [MARGIN] * 4)
+    mask = mask[x0:x1, y0:y1, :]
+    # straight onto the grid of the cut: the same values in a fraction of the time
+    image = sitk.Resample(
+        sitk.Cast(image, sitk.sitkFloat32), mask, sitk.Transform(), sitk.sitkBSpline
+    )
     image = sitk.Clamp(image, sitk.sitkFloat32, *WINDOW)
-    mask = _to_1mm(mask, sitk.sitkNearestNeighbor)
-    image, mask, box = crop_around_mask(image, mask, LEAST, [MARGIN] * 4)
     return Scan([image], mask, {**notes, "box_x_y": box})
 
 
@@ -258,16 +262,18 @@ def orient(hu: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, dict[str, str 
     return np.ascontiguousarray(flipped), notes
 
 
-def _to_1mm(image: sitk.Image, interpolator: int) -> sitk.Image:
-    """Resample to 1 mm; the size is cut to whole voxels, as MC-Net does."""
-    size = [int(n * s) for n, s in zip(image.GetSize(), image.GetSpacing(), strict=True)]
-    resample = sitk.ResampleImageFilter()
-    resample.SetSize(size)
-    resample.SetOutputSpacing([1.0, 1.0, 1.0])
-    resample.SetOutputOrigin(image.GetOrigin())
-    resample.SetOutputDirection(image.GetDirection())
-    resample.SetInterpolator(interpolator)
-    return resample.Execute(image)
+def _to_1mm(mask: sitk.Image) -> sitk.Image:
+    """Resample a mask to 1 mm; the size is cut to whole voxels, as MC-Net does."""
+    size = [int(n * s) for n, s in zip(mask.GetSize(), mask.GetSpacing(), strict=True)]
+    return sitk.Resample(
+        mask,
+        size,
+        sitk.Transform(),
+        sitk.sitkNearestNeighbor,
+        mask.GetOrigin(),
+        [1.0, 1.0, 1.0],
+        mask.GetDirection(),
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.dataset_conversion.reading import image_from_array
-from nnunet_ssl.dataset_conversion.writing import check_geometry
 from nnunet_ssl.errors import UserError
 
 
@@ -67,27 +66,23 @@ def read_h5(
     return image, mask
 
 
-def crop_around_mask(
-    image: sitk.Image, mask: sitk.Image, least: int, margins: Sequence[int]
-) -> tuple[sitk.Image, sitk.Image, list[int]]:
-    """Cut image and mask around the mask in x and y, as the makers of the h5 files do; z is whole.
+def box_around_mask(mask: sitk.Image, least: int, margins: Sequence[int]) -> list[int]:
+    """Find the part in x and y that the makers of the h5 files keep; z is whole.
 
     Args:
-        image: 3D.
-        mask: on the same grid; all values above 0 count.
+        mask: 3D; all values above 0 count.
         least: a box smaller than that grows to it, in voxels, before the margins.
         margins: voxels added at low x, high x, low y and high y, up to the border of the scan.
 
     Returns:
-        Image, mask, and the box: first and last + 1 voxel of x, then of y.
+        First and last + 1 voxel of x, then of y.
 
     Raises:
-        UserError: empty mask, or another grid.
+        UserError: empty mask.
 
     Source: UA-MT, la_heart_processing.py. Its upper end is the last voxel of the mask plus the
     margin, itself excluded; kept so.
     """
-    check_geometry(image, mask, "the scan", "mask")  # equal cuts would hide it
     inside = sitk.GetArrayViewFromImage(mask).astype(bool).any(axis=0)
     box = []
     for axis, (low, high) in enumerate((margins[:2], margins[2:])):  # x, y
@@ -96,6 +91,5 @@ def crop_around_mask(
             raise UserError("The mask is empty, so there is nothing to cut around. Check the file.")
         first, last = int(where[0]), int(where[-1])
         pad = max(least - (last - first), 0) // 2
-        box += [max(first - low - pad, 0), min(last + high + pad, image.GetSize()[axis])]
-    x0, x1, y0, y1 = box
-    return image[x0:x1, y0:y1, :], mask[x0:x1, y0:y1, :], box
+        box += [max(first - low - pad, 0), min(last + high + pad, mask.GetSize()[axis])]
+    return box
