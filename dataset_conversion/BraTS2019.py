@@ -69,7 +69,7 @@ REGIONS = {
     "enhancing tumour": [3],
 }
 CLASS_ORDER = [2, 1, 3]  # what is whole tumour but no core is 2, core that does not enhance is 1
-LABEL_HINT = "Take the masks of BraTS 2019 or 2020; the enhancing tumour is 4 there."
+HINTS = {"labels": "Take the masks of BraTS 2019 or 2020; the enhancing tumour is 4 there."}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -101,11 +101,11 @@ def find(source: Path, options: argparse.Namespace) -> Release:
             f"{source} holds h5 files, which have FLAIR and the whole tumour only. Add "
             f"--flair-whole-tumour, or give the NIfTI files."
         )
-    years = {name[:7] for name in scans or packed}
-    if len(years) > 1 or not years <= {"BraTS19", "BraTS20"} or any("20_2" in n for n in scans):
+    years = {re.sub(r"^(BraTS\d*).*", r"\1", n, flags=re.IGNORECASE) for n in scans or packed}
+    if years not in ({"BraTS19"}, {"BraTS20"}):
         raise UserError(
-            f"{source} holds scans of {listed(sorted(years))}. Give a folder with those of 2019 or "
-            f"of 2020 (BraTS20_Training_...) alone."
+            f"{source} holds scans named {listed([f'{y}...' for y in sorted(years)])}. Give a "
+            f"folder with those of 2019 (BraTS19_...) or of 2020 (BraTS20_Training_...) alone."
         )
     splits = None
     if years == {"BraTS19"}:

@@ -5,14 +5,14 @@ challenge FH-PS-AOP 2023, which has the same form (4000 images, numbers up to 03
 are stored as volumes of three equal slices, the colours, of which one is taken. Their spacing (1)
 is made up: distances are in voxels.
 
-Splits: none is published for the 1358, and nothing tells which frames are of one patient or video.
-Near-identical frames stay together: two images are of one group if, reduced to 64 x 64 pixels,
-their correlation is above 0.9, or if a chain of such images joins them. Of the pairs above 0.9, 99 %
-are at most 25 numbers apart, so most are of one video, and their masks agree with a Dice of 0.90
-(symphysis) and 0.95 (head) or more; at 0.85-0.9 it is 78 %. Frames of one video that differ more
-can still be on both sides. The order is by hash of the group, random and the same for the same
-images; --list gives another. --labeled counts images of whole groups: 136 (10 %) or 272 (20 %) of
-the 1358. --test counts groups.
+Splits: none is published for the 1358, and nothing tells which frames are of one patient or of one
+video. Near-identical frames stay together: two images are of one group if their correlation, at
+64 x 64 pixels, is above 0.9, or if a chain of such images joins them. Why 0.9: seen on 700 images,
+99 % of the pairs above it are at most 25 numbers apart, which says one video, and their masks are
+nearly equal (Dice 0.90 of the symphysis, 0.95 of the head, or more); of the pairs at 0.85-0.9 it
+is 78 %. Frames of one video that differ more can still be on both sides. The order is by hash of
+the group, random and the same for the same images; --list gives another. --labeled counts images
+of whole groups: 136 (10 %) or 272 (20 %) of the 1358. --test counts groups.
 
 Examples:
   nnunet_ssl convert PSFHS -i PSFHS -d 40 --test 120 --labeled 100
@@ -40,7 +40,7 @@ from nnunet_ssl.dataset_conversion.reading import (
     one_plane,
     read_image,
 )
-from nnunet_ssl.dataset_conversion.selection import by_hash, by_group
+from nnunet_ssl.dataset_conversion.selection import by_group, by_hash
 from nnunet_ssl.errors import UserError
 
 ALIKE = 0.9  # correlation
