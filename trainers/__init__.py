@@ -8,6 +8,7 @@ from nnunet_ssl.trainers.SSLTrainerFixMatch import SSLTrainerFixMatch
 from nnunet_ssl.trainers.SSLTrainerM3HL import SSLTrainerM3HL
 from nnunet_ssl.trainers.SSLTrainerMeanTeacher import SSLTrainerMeanTeacher
 from nnunet_ssl.trainers.SSLTrainerSupervised import SSLTrainerSupervised
+from nnunet_ssl.trainers.SSLTrainerTransMedSeg import SSLTrainerTransMedSeg
 from nnunet_ssl.trainers.SSLTrainerUAMT import SSLTrainerUAMT
 from nnunet_ssl.trainers.SSLTrainerUniMatch import SSLTrainerUniMatch
 
@@ -20,6 +21,7 @@ __all__ = [
     "SSLTrainerM3HL",
     "SSLTrainerMeanTeacher",
     "SSLTrainerSupervised",
+    "SSLTrainerTransMedSeg",
     "SSLTrainerUAMT",
     "SSLTrainerUniMatch",
 ]

@@ -14,6 +14,7 @@ from nnunet_ssl.functional.augment import (
 )
 from nnunet_ssl.functional.blocks import random_blocks
 from nnunet_ssl.functional.cached import cached_gradients
+from nnunet_ssl.functional.clustering import affinity, clustering_loss
 from nnunet_ssl.functional.components import largest_component, largest_component_regions
 from nnunet_ssl.functional.consistency import prob_mse, sigmoid_mse, softmax_mse
 from nnunet_ssl.functional.curriculum import curriculum_weight, relative_rank
@@ -44,16 +45,28 @@ from nnunet_ssl.functional.outputs import confidence, downsample, full_res, hard
 from nnunet_ssl.functional.overlap import squared_dice_loss
 from nnunet_ssl.functional.pseudo_loss import deep_supervised, pseudo_ce_dice
 from nnunet_ssl.functional.ramps import rampup_between, sigmoid_rampup
+from nnunet_ssl.functional.transfer import (
+    Moments,
+    class_shift,
+    expected_ce,
+    merged_moments,
+    region_shift,
+    sampled_moments,
+)
 
 __all__ = [
+    "Moments",
     "Opinion",
     "Windows",
     "add_noise",
+    "affinity",
     "apply_flips",
     "apply_rot90",
     "binary_logits",
     "cached_gradients",
     "choose_windows",
+    "class_shift",
+    "clustering_loss",
     "coarse_maps",
     "confidence",
     "curriculum_weight",
@@ -67,6 +80,7 @@ __all__ = [
     "ema_decay_at",
     "ema_update",
     "exchange",
+    "expected_ce",
     "feature_cosine",
     "feature_l1",
     "fisher_evidential_loss",
@@ -76,6 +90,7 @@ __all__ = [
     "largest_component",
     "largest_component_regions",
     "largest_region",
+    "merged_moments",
     "normalized_entropy",
     "opinion",
     "prob_mse",
@@ -86,8 +101,10 @@ __all__ = [
     "random_flips",
     "random_partners",
     "random_rot90",
+    "region_shift",
     "relative_rank",
     "reliability",
+    "sampled_moments",
     "sigmoid_mse",
     "sigmoid_rampup",
     "softmax_mse",

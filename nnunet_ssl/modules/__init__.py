@@ -1,6 +1,8 @@
 """Parts of methods that learn or remember; their state goes into the checkpoint."""
 
 from nnunet_ssl.modules.brake import ClassBrake, class_shares
+from nnunet_ssl.modules.clusters import TokenClusters
+from nnunet_ssl.modules.moments import ClassMoments
 from nnunet_ssl.modules.networks import MeanOfNetworks, linked_prob, other_network
 from nnunet_ssl.modules.perturb import dropout_factors, perturbed_forward
 from nnunet_ssl.modules.tap import Tapped, decode, tapped_forward
@@ -8,9 +10,11 @@ from nnunet_ssl.modules.thresholds import ClassThresholds
 
 __all__ = [
     "ClassBrake",
+    "ClassMoments",
     "ClassThresholds",
     "MeanOfNetworks",
     "Tapped",
+    "TokenClusters",
     "class_shares",
     "decode",
     "dropout_factors",

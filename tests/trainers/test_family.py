@@ -29,6 +29,7 @@ FULL = {
     "SSLTrainerUniMatch": "+threshold=0",
     "SSLTrainerM3HL": "+pretrain=0",
     "SSLTrainerCAD": "+pretrain=0+rampup=0",
+    "SSLTrainerTransMedSeg": "+pretrain=0",
 }
 # no unlabelled weight: the twin's step
 # times the twin's memory, where it is more than 1.25
