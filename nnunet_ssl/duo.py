@@ -1,14 +1,17 @@
 """Methods that train two different networks and predict with the mean of both."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
+from torch import Tensor, nn
 
-from nnunet_ssl.base import Phase, SemiSupervisedTrainer
+from nnunet_ssl.base import Phase, SemiSupervisedTrainer, Terms
+from nnunet_ssl.functional import early_gradients
 from nnunet_ssl.modules import MeanOfNetworks, other_network
+from nnunet_ssl.modules.networks import Link
 
 
 class TwoNetworkTrainer(SemiSupervisedTrainer):
@@ -19,7 +22,6 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
     `nnunet_ssl export --network student` takes the student alone.
     """
 
-    link: ClassVar[Literal["softmax", "dirichlet"]] = "softmax"  # what the logits stand for
     deploys_stock: ClassVar[bool] = False
     needs_unet: ClassVar[bool] = True
     networks: ClassVar[str] = "PlainConvUNet, ResidualEncoderUNet"
@@ -27,6 +29,11 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
 
     deploy: Literal["student"] = "student"
     ema_decay: None = None
+
+    @classmethod
+    def link(cls) -> Link:
+        """Return what the networks' logits stand for."""
+        return "softmax"
 
     @classmethod
     def build_network_architecture(  # type: ignore[override]
@@ -42,7 +49,7 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
         return MeanOfNetworks(
             nnUNetTrainer.build_network_architecture(plans_manager, configuration_manager, *size),
             other_network(configuration_manager, *size),
-            cls.link,
+            cls.link(),
         )
 
     def initialize(self) -> None:
@@ -58,6 +65,28 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
     def parts(self) -> dict[str, nn.Module]:
         """Return the two networks."""
         return {"student": self.student, "peer": self.peer}
+
+    def terms_at(
+        self, outputs: Sequence[Any], losses: Callable[[list[Any]], Iterable[Terms]]
+    ) -> Terms:
+        """Return terms of a loss on both networks' outputs, with the loss's own graph freed.
+
+        Both networks' graphs are alive, so that of the loss is kept small: `early_gradients`.
+
+        Args:
+            outputs: as the networks return them, with or without deep supervision.
+            losses: generator of terms from such outputs.
+        """
+        single = isinstance(outputs[0], Tensor)
+        flat = tuple(t for o in outputs for t in ([o] if single else o))
+        each = len(flat) // len(outputs)
+
+        def joint(chunks: list[tuple[Tensor, ...]]) -> Iterable[Terms]:
+            (leaves,) = chunks
+            parts = [list(leaves[i : i + each]) for i in range(0, len(leaves), each)]
+            return losses([part[0] for part in parts] if single else parts)
+
+        return early_gradients(flat, joint)
 
     @property
     def student(self) -> nn.Module:

@@ -6,6 +6,7 @@ from nnunet_ssl.trainers.SSLTrainerCAD import SSLTrainerCAD
 from nnunet_ssl.trainers.SSLTrainerCPS import SSLTrainerCPS
 from nnunet_ssl.trainers.SSLTrainerFixMatch import SSLTrainerFixMatch
 from nnunet_ssl.trainers.SSLTrainerM3HL import SSLTrainerM3HL
+from nnunet_ssl.trainers.SSLTrainerMEDL import SSLTrainerMEDL
 from nnunet_ssl.trainers.SSLTrainerMeanTeacher import SSLTrainerMeanTeacher
 from nnunet_ssl.trainers.SSLTrainerSupervised import SSLTrainerSupervised
 from nnunet_ssl.trainers.SSLTrainerTransMedSeg import SSLTrainerTransMedSeg
@@ -19,6 +20,7 @@ __all__ = [
     "SSLTrainerCPS",
     "SSLTrainerFixMatch",
     "SSLTrainerM3HL",
+    "SSLTrainerMEDL",
     "SSLTrainerMeanTeacher",
     "SSLTrainerSupervised",
     "SSLTrainerTransMedSeg",

@@ -13,7 +13,7 @@ from nnunet_ssl.functional.augment import (
     strong_intensity,
 )
 from nnunet_ssl.functional.blocks import random_blocks
-from nnunet_ssl.functional.cached import cached_gradients
+from nnunet_ssl.functional.cached import cached_gradients, early_gradients
 from nnunet_ssl.functional.clustering import affinity, clustering_loss
 from nnunet_ssl.functional.components import largest_component, largest_component_regions
 from nnunet_ssl.functional.consistency import prob_mse, sigmoid_mse, softmax_mse
@@ -37,7 +37,7 @@ from nnunet_ssl.functional.evidence import (
     fisher_evidential_loss,
     fuse_opinions,
     opinion,
-    reliability,
+    voxel_reliability,
 )
 from nnunet_ssl.functional.features import feature_cosine, feature_l1
 from nnunet_ssl.functional.mixing import exchange, random_boxes
@@ -77,6 +77,7 @@ __all__ = [
     "dirichlet_logits",
     "displace",
     "downsample",
+    "early_gradients",
     "ema_decay_at",
     "ema_update",
     "exchange",
@@ -103,7 +104,6 @@ __all__ = [
     "random_rot90",
     "region_shift",
     "relative_rank",
-    "reliability",
     "sampled_moments",
     "sigmoid_mse",
     "sigmoid_rampup",
@@ -111,5 +111,6 @@ __all__ = [
     "squared_dice_loss",
     "strong_intensity",
     "to_prob",
+    "voxel_reliability",
     "window_means",
 ]

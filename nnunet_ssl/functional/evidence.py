@@ -5,6 +5,7 @@ Regions are opinions of two classes each, (against, for), see `binary_logits`; a
 work on rows of (N, K, *) with N = B, or N = B * R and K = 2.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 MAX_EVIDENCE = 1e4  # beyond it the determinant of the Fisher matrix is lost in float32
+ACTIVATIONS = ("softplus", "exp")
 FUSIONS = ("caef", "dempster", "precursor")
 RELIABILITIES = ("max", "upcol", "pignistic")
 
@@ -30,33 +32,48 @@ class Opinion(NamedTuple):
     uncertainty: Tensor
 
 
-def evidence(logits: Tensor) -> Tensor:
-    """Return softplus(logits) in float32, at most 1e4."""
-    return softplus(logits.float()).clamp(max=MAX_EVIDENCE)
+def evidence(logits: Tensor, activation: str = "softplus") -> Tensor:
+    """Return the evidence that logits stand for, in float32, in [0, 1e4].
+
+    Args:
+        logits: any shape and precision.
+        activation: "softplus", or "exp" of L tanh(logits / L), L = log 1e4: nearly exp of small
+            logits, with a gradient at large ones.
+
+    Raises:
+        ValueError: unknown activation.
+    """
+    logits = logits.float()
+    if activation == "softplus":
+        return softplus(logits).clamp(max=MAX_EVIDENCE)
+    if activation == "exp":
+        limit = math.log(MAX_EVIDENCE)
+        return (limit * (logits / limit).tanh()).exp()
+    raise ValueError(f"Evidence must be one of {', '.join(ACTIVATIONS)}; got {activation!r}.")
 
 
 def binary_logits(logits: Tensor) -> Tensor:
     """Give each region its own two channels, against and for: (B, R, *) to (B * R, 2, *).
 
-    The evidence for a region is softplus(z), that against it softplus(-z), so that nnU-Net's single
-    channel a region suffices; ignorance and conflict look alike for it.
+    The evidence for a region comes from z, that against it from -z, so nnU-Net's single channel a
+    region suffices; ignorance and conflict look alike for it.
     """
     return torch.stack((-logits, logits), 2).flatten(0, 1)
 
 
-def opinion(logits: Tensor) -> Opinion:
+def opinion(logits: Tensor, activation: str = "softplus") -> Opinion:
     """Read logits (N, K, *) as an opinion.
 
     alpha = e + 1, s = sum alpha, b = e / s, u = K / s.
 
     Source: He et al. 2025 (MEDL), arXiv:2505.12418, Eq. 1; Sensoy et al. 2018, arXiv:1806.01768.
     """
-    e = evidence(logits)
+    e = evidence(logits, activation)
     strength = e.sum(1, keepdim=True) + e.shape[1]
     return Opinion(e + 1, e / strength, e.shape[1] / strength)
 
 
-def dirichlet_logits(logits: Tensor, regions: bool) -> Tensor:
+def dirichlet_logits(logits: Tensor, regions: bool, activation: str = "softplus") -> Tensor:
     """Return logits whose softmax (sigmoid for regions) is the expected Dirichlet probability.
 
     So nnU-Net's losses work on p_k = alpha_k / sum alpha as they are.
@@ -64,12 +81,13 @@ def dirichlet_logits(logits: Tensor, regions: bool) -> Tensor:
     Args:
         logits: (B, K, *), from which the evidence comes.
         regions: channels are independent regions.
+        activation: see `evidence`.
 
     Returns:
         (B, K, *) in float32: log alpha, or log alpha_for - log alpha_against.
     """
-    log_alpha = evidence(logits).log1p()
-    return log_alpha - evidence(-logits).log1p() if regions else log_alpha
+    log_alpha = evidence(logits, activation).log1p()
+    return log_alpha - evidence(-logits, activation).log1p() if regions else log_alpha
 
 
 def fuse_opinions(a: Opinion, b: Opinion, rule: str = "caef") -> tuple[Tensor, Tensor]:
@@ -109,7 +127,7 @@ def fuse_opinions(a: Opinion, b: Opinion, rule: str = "caef") -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def reliability(
+def voxel_reliability(
     belief: Tensor,
     uncertainty: Tensor,
     valid: Tensor,

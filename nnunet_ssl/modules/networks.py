@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nnunet_ssl.functional import dirichlet_logits, to_prob
 
 MIN_PROB = 1e-6  # logits stay within what half precision holds
-Link = Literal["softmax", "dirichlet"]
+Link = Literal["softmax", "softplus", "exp"]
 
 
 def other_network(
@@ -69,14 +69,17 @@ def linked_prob(logits: Tensor, link: Link, regions: bool) -> Tensor:
 
     Args:
         logits: (B, K, *), any precision.
-        link: "softmax" (sigmoid for regions), or "dirichlet": the expectation under the Dirichlet
-            distribution with parameters softplus(logits) + 1, see `functional.evidence`.
+        link: "softmax" (sigmoid for regions); "softplus" or "exp": the logits give the evidence of
+            a Dirichlet distribution by this function, the probability is its expectation, see
+            `functional.evidence`.
         regions: channels are independent regions.
 
     Returns:
         (B, K, *) in fp32.
     """
-    return to_prob(dirichlet_logits(logits, regions) if link == "dirichlet" else logits, regions)
+    if link != "softmax":
+        logits = dirichlet_logits(logits, regions, link)
+    return to_prob(logits, regions)
 
 
 class MeanOfNetworks(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_ssl.functional import cached_gradients
+from nnunet_ssl.functional import cached_gradients, early_gradients
 
 
 def network(dim=2):
@@ -169,3 +169,13 @@ def test_one_graph_is_alive_at_a_time():
         gradients(net, cached_gradients(lambda x: (net(x),), xs, total))
 
     assert saved_while(cached) <= one + 3  # the product with the gradient saves that
+
+
+@pytest.mark.parametrize("joint", [contrast, in_parts])
+def test_early_gradients_equal_the_plain_backward(joint):
+    net = network()
+    x = torch.randn(2, 1, 5, 5)
+    expected, values = gradients(net, [contrast([(net(x), x)])])
+    found, logged = gradients(net, [early_gradients((net(x), x), joint)])
+    assert close(expected, found)
+    assert logged == pytest.approx(values, rel=1e-5)

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -142,15 +143,19 @@ def naive_prob(z, link, regions):
     z = z.double()
     if link == "softmax":
         return z.sigmoid() if regions else z.softmax(1)
-    e = torch.log1p(z.exp())
-    if regions:
-        return (e + 1) / (e + 1 + torch.log1p((-z).exp()) + 1)
-    return (e + 1) / (e + 1).sum(1, keepdim=True)
+
+    def alpha(z):
+        soft = 4 * math.log(10)
+        return 1 + (
+            torch.log1p(z.exp()) if link == "softplus" else (soft * (z / soft).tanh()).exp()
+        )
+
+    return alpha(z) / (alpha(z) + alpha(-z) if regions else alpha(z).sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("spatial", [(6, 5), (4, 3, 5)])
 @pytest.mark.parametrize("regions", [False, True])
-@pytest.mark.parametrize("link", ["softmax", "dirichlet"])
+@pytest.mark.parametrize("link", ["softmax", "softplus", "exp"])
 def test_prediction_is_the_mean_probability(link, regions, spatial):
     za, zb = torch.randn(2, 2, 3, *spatial) * 3
     mean = MeanOfNetworks(Constant(za), Constant(zb), link)
@@ -171,7 +176,7 @@ def test_prediction_is_the_mean_probability(link, regions, spatial):
 
 
 @pytest.mark.parametrize("regions", [False, True])
-@pytest.mark.parametrize("link", ["softmax", "dirichlet"])
+@pytest.mark.parametrize("link", ["softmax", "softplus", "exp"])
 def test_sure_half_precision_logits_stay_finite_in_half_precision(link, regions):
     z = torch.tensor([6e4, -6e4, 0.0]).view(1, 3, 1, 1).half()
     mean = MeanOfNetworks(Constant(z), Constant(z), link)
@@ -193,9 +198,9 @@ def test_unsure_voxels_are_decided_by_the_surer_network_not_by_larger_logits():
 
 @pytest.mark.parametrize(("kind", "dim"), CASES)
 def test_weights_load_strictly_with_and_without_deep_supervision(kind, dim):
-    trained = duo(kind, dim, "dirichlet")
+    trained = duo(kind, dim, "softplus")
     trained.regions.fill_(1)
-    predicting = duo(kind, dim, "dirichlet", deep_supervision=False)
+    predicting = duo(kind, dim, "softplus", deep_supervision=False)
     predicting.load_state_dict(trained.state_dict(), strict=True)
     x = torch.randn(2, 1, *[16] * dim)
     with torch.no_grad():

@@ -53,6 +53,16 @@ def run_everything(device, spatial):
         thresholds.update(prob, valid)
         thresholds.mask(prob)
         brake.update(shares, shares)
+        for activation in ("softplus", "exp"):
+            rows = f.binary_logits(logits) if regions else logits
+            counted = valid.repeat_interleave(3, 0) if regions else valid
+            one = f.opinion(rows, activation)
+            belief, unsure = f.fuse_opinions(one, one)
+            decision = belief.argmax(1, keepdim=True)
+            f.voxel_reliability(belief, unsure, counted)
+            f.curriculum_weight(unsure, counted, 0.3, 0.5)
+            f.fisher_evidential_loss(one.alpha, decision, 0.05)
+            f.dirichlet_logits(logits, regions, activation)
         brake.value(), brake.oversegmented()
 
 

@@ -20,6 +20,7 @@ NAMES = sorted(trainer_classes())
 SEMI = [n for n in NAMES if trainer_classes()[n].uses_unlabeled]
 # full weight, no threshold, no warm-up: the unlabelled term acts from the first step
 FULL = {
+    "SSLTrainerMEDL": "+rampup=0",
     "SSLTrainer": "+warmup=0+rampup_end=0+threshold_low=0+threshold_high=0",
     "SSLTrainerMeanTeacher": "+rampup=0",
     "SSLTrainerFixMatch": "+warmup=0+threshold=0",
@@ -34,6 +35,7 @@ FULL = {
 # no unlabelled weight: the twin's step
 # times the twin's memory, where it is more than 1.25
 MEMORY: dict[str, float] = {
+    "SSLTrainerMEDL": 2.25,
     "SSLTrainerM3HL": 1.35,
     "SSLTrainerCAD": 2.25,
 }
@@ -325,9 +327,11 @@ def test_memory_stays_near_the_supervised_run(name, make_trainer):
                 trainer.train_step(batch)
         return alive["peak"]
 
-    def planned(trainer):  # nnU-Net's width: what the network saves outweighs what losses save
+    def planned(trainer):
+        # nnU-Net's width and depth: what the network saves outweighs what losses save
         arch = trainer.configuration_manager.configuration["architecture"]["arch_kwargs"]
         arch["features_per_stage"] = [32, 64, 64]
+        arch["n_conv_per_stage"], arch["n_conv_per_stage_decoder"] = [2] * 3, [2] * 2
         return start(trainer)
 
     supervised = peak(planned(make_trainer("SSLTrainerSupervised")))

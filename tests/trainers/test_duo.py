@@ -1,0 +1,75 @@
+"""What holds for every method that trains two networks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_ssl.duo import TwoNetworkTrainer
+from nnunet_ssl.export import export_model
+from nnunet_ssl.functional import full_res
+from nnunet_ssl.history import read_log
+from nnunet_ssl.modules import linked_prob
+from nnunet_ssl.naming import trainer_classes
+
+NAMES = sorted(n for n, c in trainer_classes().items() if issubclass(c, TwoNetworkTrainer))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mean_is_saved_and_the_student_alone_is_a_stock_network(name, make_trainer, tmp_path):
+    trainer = make_trainer(name, "Channels", "2d")
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    x = torch.randn(2, trainer.num_input_channels, 32, 32)
+    export_model(folder.parent, tmp_path / "student", "student")
+    saved = torch.load(
+        tmp_path / "student" / "fold_all" / "checkpoint_final.pth", weights_only=False
+    )
+    assert saved["trainer_name"] == "nnUNetTrainer"
+    trainer.network.eval()
+    for where, network in (
+        (folder.parent, trainer.network),
+        (tmp_path / "student", trainer.student),
+    ):
+        predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(where), ("all",))
+        with torch.no_grad():
+            logits = predictor.network.eval()(x)
+            assert torch.allclose(logits, full_res(network(x)), atol=1e-5)
+    with torch.no_grad():
+        parts = [
+            linked_prob(full_res(net(x)), trainer.link(), False)
+            for net in (trainer.student, trainer.peer)
+        ]
+        mean = full_res(trainer.network(x)).softmax(1)
+    assert torch.allclose(mean, (parts[0] + parts[1]) / 2, atol=1e-5)
+    record = read_log(folder / "ssl_log.jsonl")[-1]
+    assert set(record["pseudo_dice"]) == {"student", "peer", "deployed"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_network_is_clipped_by_itself(name, make_trainer):
+    trainer = make_trainer(name)
+    trainer.initialize()
+    (phase,) = trainer.phases()
+    assert phase.modules[:2] == [trainer.student, trainer.peer]
+    inside = {id(p) for g in phase.optimizer.param_groups for p in g["params"]}
+    listed = [id(p) for m in phase.modules for p in m.parameters()]
+    assert len(listed) == len(set(listed)) and set(listed) == inside
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_network_knows_regions_from_the_checkpoint_alone(name, make_trainer):
+    if not trainer_classes()[name].supports_regions:
+        with pytest.raises(NotImplementedError, match="region-based training"):
+            make_trainer(name, "Regions")
+        return
+    trainer = make_trainer(name, "Regions")
+    trainer.initialize()
+    assert trainer.network.regions.item() == 1
+    fresh = type(trainer).build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, trainer.num_heads, False
+    )
+    fresh.load_state_dict(trainer.network.state_dict(), strict=True)
+    assert fresh.regions.item() == 1
