@@ -23,7 +23,7 @@ from nnunet_ssl.evaluation.runner import (
     run_cells,
     write_task,
 )
-from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, read_spec
+from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, count, read_spec
 from nnunet_ssl.evaluation.tasks import TASK, read_task
 from nnunet_ssl.io import write_json, write_text
 from nnunet_ssl.planning.api import plans_name_of
@@ -170,7 +170,8 @@ def read_data(spec: Spec) -> Data:
     groups = read_groups(spec.groups) if spec.groups else converted.get("groups") or None
     images = labels = None
     if spec.test.last is not None:
-        training, names = take_test(order, spec.test.last, groups)
+        number = count(spec.test.last, len({groups[c] for c in order} if groups else order))
+        training, names = take_test(order, number, groups)
     elif spec.test.names is not None:
         training, names = take_test(order, read_case_list(spec.test.names, raw), groups)
     else:
@@ -185,7 +186,7 @@ def read_data(spec: Spec) -> Data:
     else:
         test = {case: raw.labeled[case] for case in names}
     data = Data(raw, training, test, groups, images, labels)
-    for budget in spec.labeled:
+    for budget in (count(amount, data.count()) for amount in spec.labeled):
         if budget >= data.count():
             raise spec.error(
                 "labeled",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec
+from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, count
 from nnunet_ssl.naming import resolve
 
 Role = Literal["method", "twin", "stock", "bound", "equal_compute"]
@@ -153,7 +153,8 @@ def expand(spec: Spec, training_groups: int) -> list[Cell]:
     if spec.pseudo_labels:
         common["keep_at"] = ",".join(f"{f:g}" for f in PSEUDO_LABELS_AT)
     cells: list[Cell] = []
-    for budget in spec.labeled:
+    for amount in spec.labeled:
+        budget = count(amount, training_groups)
         for draw in spec.draws:
             for seed in spec.seeds:
                 label = f"{budget}labeled_draw{draw}_seed{seed}"

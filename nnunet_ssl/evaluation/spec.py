@@ -21,13 +21,13 @@ class HeldOut:
     """Where the test cases come from; exactly one is given.
 
     Attributes:
-        last: groups at the end of the order.
+        last: groups at the end of the order, a number or a share below 1.
         names: file with case names.
         part: "val" or "test" of the converted data set.
         folders: images and labels.
     """
 
-    last: int | None = None
+    last: int | float | None = None
     names: Path | None = None
     part: Literal["val", "test"] | None = None
     folders: tuple[Path, Path] | None = None
@@ -45,7 +45,11 @@ class SmallPlans:
 
 @dataclass(frozen=True)
 class Spec:
-    """A checked spec. `lines` holds the line of each key, `settings` the values as written."""
+    """A checked spec.
+
+    `lines` holds the line of each key, `settings` the values as written; budgets are numbers, or
+    shares below 1.
+    """
 
     file: Path
     text: str
@@ -60,7 +64,7 @@ class Spec:
     configuration: str
     planner: str
     plans: SmallPlans | None
-    labeled: tuple[int, ...]
+    labeled: tuple[int | float, ...]
     draws: tuple[int, ...]
     seeds: tuple[int, ...]
     trainers: tuple[str, ...]
@@ -189,6 +193,24 @@ def whole(low: int) -> Read:
     return read
 
 
+def amount(node: yaml.Node) -> int | float:
+    """A whole number above 0, or a share such as 10%, which becomes a fraction below 1."""
+    try:
+        written = text(node)
+        if written.endswith("%"):
+            share = float(written[:-1]) / 100
+            if 0 < share < 1:
+                return share
+        return whole(1)(node)
+    except (ValueError, Misfit):
+        raise Misfit("a whole number, 1 or more, or a share such as 10%") from None
+
+
+def count(amount: int | float, total: int) -> int:
+    """How many an amount is."""
+    return amount if isinstance(amount, int) else max(1, round(amount * total))
+
+
 def number(low: float, high: float = float("inf")) -> Read:
     """A number above `low`, at most `high`."""
 
@@ -292,7 +314,7 @@ def read_spec(file: Path) -> Spec:
         configuration=top.take("configuration", choice(*CONFIGURATIONS)),
         planner=top.take("planner", text, "ExperimentPlanner"),
         plans=read_plans(top.section("plans")) if "plans" in top.nodes else None,
-        labeled=top.take("labeled", several(whole(1))),
+        labeled=top.take("labeled", several(amount)),
         draws=top.take("draws", several(whole(0)), (0,)),
         seeds=top.take("seeds", several(whole(0))),
         trainers=top.take("trainers", several(text)),
@@ -322,7 +344,7 @@ def read_test(section: Section, path: Read) -> HeldOut:
     """
     images, labels = section.take("images", path, None), section.take("labels", path, None)
     test = HeldOut(
-        last=section.take("last", whole(1), None),
+        last=section.take("last", amount, None),
         names=section.take("list", path, None),
         part=section.take("set", choice("val", "test"), None),
         folders=(images, labels) if images and labels else None,

@@ -40,15 +40,17 @@ device: cpu
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A fully annotated data set of eight cases, and a spec; the environment is put back."""
-    for name in [*os.environ]:
+    """A fully annotated data set of eight cases, and a spec."""
+    before = dict(os.environ)  # tasks change it
+    for name in before:
         if name.startswith("nnUNet_"):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # tasks write into it
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "source"))
     make_raw_dataset(tmp_path / "source", num_labeled=8, num_unlabeled=0, shape=(2, 16, 16))
     (tmp_path / "toy.yaml").write_text(SPEC)
-    return tmp_path
+    yield tmp_path
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
@@ -67,11 +69,8 @@ def run(place):
     def run(old="", new="", more="", folder="out", **options):
         assert old in SPEC
         (place / "toy.yaml").write_text(SPEC.replace(old, new) + more)
-        monkey_raw = os.environ["nnUNet_raw"]
-        try:
-            return run_benchmark(place / "toy.yaml", place / folder, **options)
-        finally:
-            os.environ["nnUNet_raw"] = monkey_raw
+        os.environ["nnUNet_raw"] = str(place / "source")
+        return run_benchmark(place / "toy.yaml", place / folder, **options)
 
     return run
 
@@ -428,7 +427,7 @@ def programs(place, monkeypatch):
     return marks
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"

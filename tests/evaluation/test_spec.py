@@ -58,6 +58,7 @@ def test_values_and_defaults(read):
         ("about: A toy.\n", "", 1, "about: is missing. Add it"),
         ("labeled: [2, 4]", "labeled: 4", 9, r"labeled: '4' does not fit. It takes a list"),
         ("labeled: [2, 4]", "labeled: [2, 0]", 9, "labeled: .* a whole number, 1 or more"),
+        ("labeled: [2, 4]", "labeled: [100%]", 9, "labeled: .* a share such as 10%"),
         ("draws: [0, 1]", "draws: [1, 1]", 10, "draws: .*names nothing twice"),
         ("  last: 2", "  first: 2", 7, "test.first: is not known. Valid: images, labels, last"),
         ("  last: 2", "  last: 2\n  set: val", 7, "test: takes exactly one of: last, list, set"),
@@ -75,6 +76,8 @@ def test_values_and_defaults(read):
         ("seeds: [1]", "seeds: [1]\nalso: [gold]", 12, "also: .*stock or bound or equal_compute"),
         ("SSLTrainerBCP", "SSLTrainerBPC", 12, "trainers: No trainer 'SSLTrainerBPC'. There are"),
         ("SSLTrainerBCP", "SSLTrainerBCP+box=2", 12, "trainers: .*box=2.* between 0 and 1"),
+        ("seeds: [1]", "seeds: [1]\ntwin: SSLTrainerBCP", 12, "twin: .*Name a supervised one"),
+        ("seeds: [1]", "seeds: [1]\ntwin: Nobody", 12, "twin: No trainer 'Nobody'"),
         ("num_epochs: 3", "num_epoch: 3", 14, "settings.num_epoch: .*no setting 'num_epoch'"),
         ("num_epochs: 3", "num_epochs: many", 14, "settings.num_epochs: .*a whole number"),
         ("num_epochs: 3", "box: 0.5", 14, r"settings.box: SSLTrainer has no .*into its name"),
@@ -133,6 +136,11 @@ def test_trainers_of_one_twin_share_it_and_named_twins_are_not_doubled(read):
     assert {c.twin for c in cells[1:3]} == {cells[0].id}
 
 
+def test_one_twin_for_all(read):
+    cells = expand(read(more="twin: SSLTrainerSupervised\n"), 10)
+    assert len(cells) == 4 * 3 and {c.twin for c in cells[1:3]} == {cells[0].id}
+
+
 def test_settings_in_a_name_win_and_reach_the_twin_that_knows_them(read):
     new = "SSLTrainerBCP+num_epochs=9+box=0.5+ema_decay=0.9"
     cells = expand(read("SSLTrainerBCP", new), 10)
@@ -158,6 +166,13 @@ def test_extra_rows(read):
     twins = {c.id for c in by_role["twin"]}
     assert {first.twin, second.twin, stock.twin} <= twins
     assert len({c.id for c in cells}) == len(cells)
+
+
+def test_shares_become_numbers(read):
+    spec = read("[2, 4]", "[10%, 25%, 7]")
+    assert spec.labeled == (0.1, 0.25, 7)
+    assert [c.budget for c in expand(spec, 41)[::8]] == [4, 10, 7]
+    assert read("last: 2", "last: 20%").test.last == 0.2
 
 
 def test_only_some_cells(read):
