@@ -32,7 +32,13 @@ from torch.optim import Optimizer
 from nnunet_ssl import checkpoint as checkpoints
 from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.data.components import single_piece
-from nnunet_ssl.data.loader import META, PatchLoader, TwoStreamLoader, read_case_table
+from nnunet_ssl.data.loader import (
+    CASE_TABLE,
+    META,
+    PatchLoader,
+    TwoStreamLoader,
+    read_case_table,
+)
 from nnunet_ssl.data.unlabeled import UnlabeledDataset, read_manifest, unlabeled_folder
 from nnunet_ssl.data.views import Pipeline
 from nnunet_ssl.errors import UserError
@@ -925,8 +931,25 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             regions=regions,
             ignore_label=labels.ignore_label,
         )
-        train_cases, val_cases = self.get_tr_and_val_datasets()
+        train, val = self.make_loaders(train_transforms, val_transforms, initial_patch_size)
+        progress = self.current_epoch / self.num_epochs
+        self._unlabeled_active.value = self.needs_unlabeled(progress + 1 / self.num_epochs)
         workers = get_allowed_n_proc_DA()
+        loaders = (
+            self._augmenter(train, workers, workers, max(6, workers // 2)),
+            self._augmenter(val, workers, max(1, workers // 2), max(3, workers // 4)),
+        )
+        for loader in loaders:
+            next(loader)
+        return loaders
+
+    def make_loaders(
+        self, train_transforms: Any, val_transforms: Any, initial_patch_size: Sequence[int]
+    ) -> tuple[TwoStreamLoader, nnUNetDataLoader]:
+        """Return what makes the batches of training and of the validation of an epoch."""
+        patch_size, labels = self.configuration_manager.patch_size, self.label_manager
+        train_cases, val_cases = self.get_tr_and_val_datasets()
+        reproducible = get_allowed_n_proc_DA() == 0
 
         def stream(cases: Any, labeled: bool) -> PatchLoader:
             return PatchLoader(
@@ -935,13 +958,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 initial_patch_size,
                 patch_size,
                 labels,
-                Pipeline(train_transforms, labeled, () if labeled else self.views, workers == 0),
+                Pipeline(train_transforms, labeled, () if labeled else self.views, reproducible),
                 oversample_foreground_percent=(
                     self.oversample_foreground_percent if labeled else 0.0
                 ),
                 probabilistic_oversampling=labeled and self.probabilistic_oversampling,
                 meta=self.meta,
-                table=self._case_table(cases.identifiers),
+                table=self.case_table(cases.identifiers),
+                slice_axis=self.plans_manager.transpose_forward[0],
             )
 
         unlabeled = stream(self._unlabeled_cases(), False) if self.uses_unlabeled else None
@@ -956,15 +980,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             transforms=val_transforms,
             probabilistic_oversampling=self.probabilistic_oversampling,
         )
-        progress = self.current_epoch / self.num_epochs
-        self._unlabeled_active.value = self.needs_unlabeled(progress + 1 / self.num_epochs)
-        loaders = (
-            self._augmenter(train, workers, workers, max(6, workers // 2)),
-            self._augmenter(val, workers, max(1, workers // 2), max(3, workers // 4)),
-        )
-        for loader in loaders:
-            next(loader)
-        return loaders
+        return train, val
 
     def _augmenter(self, loader: Any, workers: int, processes: int, cached: int) -> Any:
         if workers == 0:
@@ -985,11 +1001,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         folder = unlabeled_folder(base, self.configuration_manager.data_identifier)
         return UnlabeledDataset(str(folder), sorted(manifest["cases"]))
 
-    def _case_table(self, cases: Sequence[str]) -> dict[str, dict[str, float]]:
+    @property
+    def case_table_path(self) -> Path:
+        """The CSV file with values per case; `plan_and_preprocess` copies it from the raw data."""
+        return Path(self.preprocessed_dataset_folder_base) / CASE_TABLE
+
+    def case_table(self, cases: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Return the values of the columns that `meta` names: case -> column -> number."""
         columns = [name for name in self.meta if name not in META]
-        return read_case_table(
-            Path(self.preprocessed_dataset_folder_base) / "cases.csv", columns, cases
-        )
+        return read_case_table(self.case_table_path, columns, cases)
 
     # ------------------------------------------------------------------ losses of nnU-Net, masked
 

@@ -135,6 +135,8 @@ def _fit(value: Any, hint: Any) -> Any:
     if origin is typing.Literal:
         return value if value in typing.get_args(hint) else _MISFIT
     if origin is tuple:
+        if isinstance(value, str):
+            value = tuple(value.split(","))
         items = value if isinstance(value, tuple) else (value,)
         fits = [_fit(v, typing.get_args(hint)[0]) for v in items]
         return _MISFIT if any(f is _MISFIT for f in fits) else tuple(fits)

@@ -17,10 +17,13 @@ from torch import Tensor
 from nnunet_ssl.data.views import Pipeline
 from nnunet_ssl.errors import UserError
 
+CASE_TABLE = "cases.csv"  # in the preprocessed data set folder
 META = {
     "case": "index of the case in the sorted list of its stream, int64 (B,)",
-    "position": "centre of the patch in its case, each axis in [0, 1], float32 (B, 3)",
-    "z_map": "position along the first axis, per voxel, in [0, 1], float32 (B, 1, *)",
+    "position": "centre of the patch in its case, each axis in [0, 1], float32 (B, 3); the first "
+    "one in the direction of the scanner's axis, however a case is stored",
+    "z_map": "position along the first axis, per voxel, in [0, 1], in the same direction, float32 "
+    "(B, 1, *)",
 }
 
 
@@ -38,6 +41,7 @@ class PatchLoader(nnUNetDataLoader):
         probabilistic_oversampling: as in nnU-Net.
         meta: names from `META`, or columns of `table`.
         table: case -> column -> value, for further columns.
+        slice_axis: axis of the stored image that became the first one (`transpose_forward[0]`).
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class PatchLoader(nnUNetDataLoader):
         probabilistic_oversampling: bool = False,
         meta: Sequence[str] = (),
         table: Mapping[str, Mapping[str, float]] | None = None,
+        slice_axis: int = 0,
     ):
         super().__init__(
             data,
@@ -66,6 +71,8 @@ class PatchLoader(nnUNetDataLoader):
         self.pipeline = pipeline
         self.meta = tuple(meta)
         self.table = table or {}
+        self.slice_axis = slice_axis
+        self._backwards: dict[str, bool] = {}
         if not pipeline.labeled:
             self.has_ignore = False  # there is no annotated region to look for
         self._fixed_keys: np.ndarray | None = None
@@ -124,10 +131,38 @@ class PatchLoader(nnUNetDataLoader):
 
     def _meta(self, name: str, keys: Sequence[str], samples: list[dict[str, Any]]) -> Tensor:
         if name in ("position", "z_map"):
-            return torch.stack([s[name] for s in samples])
+            values = torch.stack([s[name] for s in samples])
+            turned = [i for i, key in enumerate(keys) if self._is_backwards(key)]
+            along = values[:, :1]  # the first axis, or the map itself
+            along[turned] = 1 - along[turned]
+            return values
         if name == "case":
             return torch.as_tensor(np.searchsorted(self.indices, keys))
         return torch.tensor([self.table[k][name] for k in keys], dtype=torch.float32)
+
+    def _is_backwards(self, case: str) -> bool:
+        if case not in self._backwards:
+            *_, properties = self._data.load_case(case)
+            self._backwards[case] = runs_backwards(properties, self.slice_axis)
+        return self._backwards[case]
+
+
+def runs_backwards(properties: Mapping[str, Any], axis: int) -> bool:
+    """Tell whether an axis of the stored image runs against the scanner's axis.
+
+    Args:
+        properties: what nnU-Net's reader tells of a case. A direction that it does not tell, or has
+            turned into a common one, does not run backwards.
+        axis: of the array as it was read.
+    """
+    geometry: Any = properties.get("sitk_stuff", {}).get("direction", ())
+    if len(geometry) != 9:
+        stuff = properties.get("nibabel_stuff", {})
+        if "original_affine" not in stuff or "reoriented_affine" in stuff:
+            return False
+        geometry = stuff["original_affine"][:3, :3]
+    along = np.reshape(geometry, (3, 3))[:, 2 - axis]  # images count their axes the other way
+    return bool(along[np.abs(along).argmax()] < 0)
 
 
 class TwoStreamLoader:
@@ -171,29 +206,10 @@ def read_case_table(
     Raises:
         UserError: no such file, a column or case is missing, or a value is not a number.
     """
-    if not columns:
-        return {}
-    if not path.is_file():
-        raise UserError(f"{path} is missing. Write it with the columns case, {', '.join(columns)}.")
-    try:  # with or without a byte order mark
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text. Save it as CSV in UTF-8.") from error
-    reader = csv.DictReader(lines)
-    found = reader.fieldnames or []
-    rows = {row.get("case"): row for row in reader}
-    missing = [c for c in ("case", *columns) if c not in found]
-    if missing:
-        raise UserError(
-            f"{path} has no column {missing[0]!r}, only {', '.join(found)}. Add it; columns are "
-            f"separated by commas."
-        )
     table: dict[str, dict[str, float]] = {}
-    for case in cases:
-        if case not in rows:
-            raise UserError(f"{path} has no row for case {case!r}. Add it.")
+    for case, row in _read_rows(path, columns, cases).items():
         try:
-            values = {c: float(rows[case][c]) for c in columns}
+            values = {c: float(row[c]) for c in columns}
         except (TypeError, ValueError):
             values = {}
         if not values or not all(map(math.isfinite, values.values())):
@@ -202,3 +218,59 @@ def read_case_table(
             )
         table[case] = values
     return table
+
+
+def read_case_labels(
+    path: Path, columns: Sequence[str], cases: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Read labels per case from a CSV file with a column `case`; any text is a label.
+
+    Returns:
+        case -> column -> whole number, equal for equal texts of a column: 0, 1, ... in the order of
+        the texts, -1 where the cell is empty.
+
+    Raises:
+        UserError: no such file, or a column or case is missing.
+    """
+    rows = _read_rows(path, columns, cases)
+    texts = {case: {c: (row[c] or "").strip() for c in columns} for case, row in rows.items()}
+    codes = {c: sorted({text[c] for text in texts.values()} - {""}) for c in columns}
+    return {
+        case: {c: float(codes[c].index(text[c]) if text[c] else -1) for c in columns}
+        for case, text in texts.items()
+    }
+
+
+def has_column(path: Path, column: str) -> bool:
+    """Tell whether a CSV file exists and has this column."""
+    return path.is_file() and column in (_read_csv(path).fieldnames or [])
+
+
+def _read_csv(path: Path) -> csv.DictReader:
+    try:  # with or without a byte order mark
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text. Save it as CSV in UTF-8.") from error
+    return csv.DictReader(lines)
+
+
+def _read_rows(
+    path: Path, columns: Sequence[str], cases: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    if not columns:
+        return {}
+    if not path.is_file():
+        raise UserError(f"{path} is missing. Write it with the columns case, {', '.join(columns)}.")
+    reader = _read_csv(path)
+    found = reader.fieldnames or []
+    rows: dict[Any, dict[str, Any]] = {row.get("case"): row for row in reader}
+    missing = [c for c in ("case", *columns) if c not in found]
+    if missing:
+        raise UserError(
+            f"{path} has no column {missing[0]!r}, only {', '.join(found)}. Add it; columns are "
+            f"separated by commas."
+        )
+    for case in cases:
+        if case not in rows:
+            raise UserError(f"{path} has no row for case {case!r}. Add it.")
+    return {case: rows[case] for case in cases}

@@ -15,6 +15,7 @@ from nnunet_ssl.functional.augment import (
 from nnunet_ssl.functional.blocks import random_blocks
 from nnunet_ssl.functional.cached import cached_gradients, early_gradients
 from nnunet_ssl.functional.clustering import affinity, clustering_loss
+from nnunet_ssl.functional.competition import competition_loss, competition_score, view_cosine
 from nnunet_ssl.functional.components import largest_component, largest_component_regions
 from nnunet_ssl.functional.consistency import prob_mse, sigmoid_mse, softmax_mse
 from nnunet_ssl.functional.curriculum import curriculum_weight, relative_rank
@@ -28,6 +29,12 @@ from nnunet_ssl.functional.displacement import (
     largest_region,
     window_means,
 )
+from nnunet_ssl.functional.ellipses import (
+    Ellipses,
+    ellipse_distance,
+    fit_ellipses,
+    refine_by_ellipse,
+)
 from nnunet_ssl.functional.ema import ema_decay_at, ema_update
 from nnunet_ssl.functional.entropy import normalized_entropy
 from nnunet_ssl.functional.evidence import (
@@ -40,11 +47,48 @@ from nnunet_ssl.functional.evidence import (
     voxel_reliability,
 )
 from nnunet_ssl.functional.features import feature_cosine, feature_l1
+from nnunet_ssl.functional.meta_labels import (
+    partition,
+    retrieval,
+    slice_features,
+    slice_positions,
+)
 from nnunet_ssl.functional.mixing import exchange, random_boxes
 from nnunet_ssl.functional.outputs import confidence, downsample, full_res, hard_labels, to_prob
 from nnunet_ssl.functional.overlap import squared_dice_loss
 from nnunet_ssl.functional.pseudo_loss import deep_supervised, pseudo_ce_dice
-from nnunet_ssl.functional.ramps import rampup_between, sigmoid_rampup
+from nnunet_ssl.functional.ramps import rampup_between, sigmoid_rampup, warmup_cosine
+from nnunet_ssl.functional.selection import (
+    Places,
+    draw_places,
+    gather_places,
+    iuc_contrast,
+    outcome_contrast,
+)
+from nnunet_ssl.functional.self_paced import (
+    PairLosses,
+    pace_at,
+    pace_bounds,
+    pair_losses,
+    pair_weights,
+    weighted_contrast,
+)
+from nnunet_ssl.functional.shape_scores import (
+    boundary_excess,
+    contour_roughness,
+    released_scores,
+    select_best,
+)
+from nnunet_ssl.functional.symmetry import (
+    Mirror,
+    half_mirrored,
+    mirror_at,
+    mirror_mse,
+    mirrored_image,
+    perturbed,
+    reflect,
+    sample_mse,
+)
 from nnunet_ssl.functional.transfer import (
     Moments,
     class_shift,
@@ -55,20 +99,28 @@ from nnunet_ssl.functional.transfer import (
 )
 
 __all__ = [
+    "Ellipses",
+    "Mirror",
     "Moments",
     "Opinion",
+    "PairLosses",
+    "Places",
     "Windows",
     "add_noise",
     "affinity",
     "apply_flips",
     "apply_rot90",
     "binary_logits",
+    "boundary_excess",
     "cached_gradients",
     "choose_windows",
     "class_shift",
     "clustering_loss",
     "coarse_maps",
+    "competition_loss",
+    "competition_score",
     "confidence",
+    "contour_roughness",
     "curriculum_weight",
     "cutmix",
     "cutmix_boxes",
@@ -77,7 +129,9 @@ __all__ = [
     "dirichlet_logits",
     "displace",
     "downsample",
+    "draw_places",
     "early_gradients",
+    "ellipse_distance",
     "ema_decay_at",
     "ema_update",
     "exchange",
@@ -85,15 +139,29 @@ __all__ = [
     "feature_cosine",
     "feature_l1",
     "fisher_evidential_loss",
+    "fit_ellipses",
     "full_res",
     "fuse_opinions",
+    "gather_places",
+    "half_mirrored",
     "hard_labels",
+    "iuc_contrast",
     "largest_component",
     "largest_component_regions",
     "largest_region",
     "merged_moments",
+    "mirror_at",
+    "mirror_mse",
+    "mirrored_image",
     "normalized_entropy",
     "opinion",
+    "outcome_contrast",
+    "pace_at",
+    "pace_bounds",
+    "pair_losses",
+    "pair_weights",
+    "partition",
+    "perturbed",
     "prob_mse",
     "pseudo_ce_dice",
     "rampup_between",
@@ -102,15 +170,26 @@ __all__ = [
     "random_flips",
     "random_partners",
     "random_rot90",
+    "refine_by_ellipse",
+    "reflect",
     "region_shift",
     "relative_rank",
+    "released_scores",
+    "retrieval",
+    "sample_mse",
     "sampled_moments",
+    "select_best",
     "sigmoid_mse",
     "sigmoid_rampup",
+    "slice_features",
+    "slice_positions",
     "softmax_mse",
     "squared_dice_loss",
     "strong_intensity",
     "to_prob",
+    "view_cosine",
     "voxel_reliability",
+    "warmup_cosine",
+    "weighted_contrast",
     "window_means",
 ]

@@ -38,3 +38,23 @@ def rampup_between(progress: float, start: float, end: float) -> float:
     if progress < start:
         return 0.0
     return sigmoid_rampup(progress - start, end - start)
+
+
+def warmup_cosine(progress: float, warmup: float, first: float, last: float) -> float:
+    """Grow linearly from `first` to 1 at `warmup`, then fall to `last` along half a cosine.
+
+    Args:
+        progress: fraction of training done, in [0, 1].
+        warmup: fraction of training at which 1 is reached, in [0, 1); 0 leaves the growth out.
+        first: value at progress 0.
+        last: value at progress 1.
+
+    Raises:
+        ValueError: `warmup` is out of range.
+    """
+    if not 0 <= warmup < 1:
+        raise ValueError(f"The warm-up is a fraction of training, in [0, 1); got {warmup}.")
+    if progress < warmup:
+        return first + (1 - first) * progress / warmup
+    done = (min(progress, 1.0) - warmup) / (1 - warmup)
+    return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2

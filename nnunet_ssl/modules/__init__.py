@@ -5,6 +5,8 @@ from nnunet_ssl.modules.clusters import TokenClusters
 from nnunet_ssl.modules.moments import ClassMoments
 from nnunet_ssl.modules.networks import MeanOfNetworks, linked_prob, other_network
 from nnunet_ssl.modules.perturb import dropout_factors, perturbed_forward
+from nnunet_ssl.modules.projector import Projector
+from nnunet_ssl.modules.scores import ScoreMemory
 from nnunet_ssl.modules.tap import Tapped, decode, tapped_forward
 from nnunet_ssl.modules.thresholds import ClassThresholds
 
@@ -13,6 +15,8 @@ __all__ = [
     "ClassMoments",
     "ClassThresholds",
     "MeanOfNetworks",
+    "Projector",
+    "ScoreMemory",
     "Tapped",
     "TokenClusters",
     "class_shares",
