@@ -54,11 +54,22 @@ def run_fake(command: list[str], environment: dict[str, str]) -> None:
             line = json.dumps(epoch | {"gpu_peak_mb": 70}) + "\n"
             (model / f"fold_{fold}" / "ssl_log.jsonl").write_text(line * 2)
         (model / f"fold_{fold}" / "checkpoint_final.pth").touch()
+        if fold != "all":
+            validate(model / f"fold_{fold}", dataset(raw, number), environment, int(fold))
     elif command[0] == "nnUNetv2_predict":
         images, output = Path(option(command, "-i")), Path(option(command, "-o"))
         output.mkdir(parents=True, exist_ok=True)
         for mask in (images.parent / "labels").iterdir():
             shutil.copy(mask, output)
+
+
+def validate(model: Path, raw: Path, environment: dict[str, str], fold: int) -> None:
+    """Leave segmentations of a fold's validation cases."""
+    base = Path(environment["nnUNet_preprocessed"]) / raw.name
+    splits = json.loads((base / "splits_final.json").read_text())
+    (model / "validation").mkdir(exist_ok=True)
+    for case in splits[fold]["val"]:
+        shutil.copy(raw / "labelsTr" / f"{case}.nii.gz", model / "validation")
 
 
 class Commands:
