@@ -85,7 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def find(source: Path, options: argparse.Namespace) -> Release:
     """List the scans of one year and their files."""
     scans, notes = _scans(source)
-    packed = {p.stem: p for p in files_below(source, ".h5") if p.stem.startswith("BraTS19_")}
+    packed = [p for p in files_below(source, ".h5") if p.stem.startswith("BraTS19_")]
     if not scans and not packed:
         raise UserError(
             f"{source} holds no BraTS19_..._flair.nii or BraTS20_..._flair.nii, but "
@@ -101,7 +101,10 @@ def find(source: Path, options: argparse.Namespace) -> Release:
             f"{source} holds h5 files, which have FLAIR and the whole tumour only. Add "
             f"--flair-whole-tumour, or give the NIfTI files."
         )
-    years = {re.sub(r"^(BraTS\d*).*", r"\1", n, flags=re.IGNORECASE) for n in scans or packed}
+    years = {
+        re.sub(r"^(BraTS\d*).*", r"\1", n, flags=re.IGNORECASE)
+        for n in scans or [p.stem for p in packed]
+    }
     if years not in ({"BraTS19"}, {"BraTS20"}):
         raise UserError(
             f"{source} holds scans named {listed([f'{y}...' for y in sorted(years)])}. Give a "
@@ -111,7 +114,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
     if years == {"BraTS19"}:
         splits = {k: published_list(f"BraTS2019_{k}.txt") for k in ("train", "val", "test")}
     if packed:
-        cases = [Case(name, (path,), path) for name, path in packed.items()]
+        cases = [Case(path.stem, (path,), path) for path in packed]
     else:
         kinds = ["flair"] if options.flair_whole_tumour else list(CHANNELS)
         needed = {n for names in (splits or {}).values() for n in names}
