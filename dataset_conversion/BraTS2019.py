@@ -129,7 +129,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
         labels={"background": 0, "whole tumour": 1} if whole else REGIONS,
         label_map={0: 0, 1: 1, 2: 1, 4: 1} if whole else {0: 0, 1: 1, 2: 2, 4: 3},
         splits=splits,
-        list_name="SSL4MIS, 250/25/60" if splits else "by hash of the name; none is published",
+        list_name="SSL4MIS, 250/25/60" if splits else "by hash of the name (none is published)",
         protocol=CROPPED if packed else "raw",
         about={
             "reference": "Menze et al. 2015, doi:10.1109/TMI.2014.2377694; Bakas et al. 2017, "

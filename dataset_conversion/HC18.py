@@ -112,7 +112,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
         cases=cases,
         channels=["US"],
         labels={"background": 0, "fetal head": 1},
-        list_name="by hash of the examination; none is published",
+        list_name="by hash of the examination (none is published)",
         counts="images",
         about={
             "reference": "van den Heuvel et al. 2018, doi:10.1371/journal.pone.0200412",

@@ -74,7 +74,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
         cases=[Case(p.stem, (p,), masks[p], g) for g in by_hash(members) for p in members[g]],
         channels=["US"],
         labels={"background": 0, "pubic symphysis": 1, "fetal head": 2},
-        list_name="by hash of the group; none is published",
+        list_name="by hash of the group (none is published)",
         counts="images",
         spacing_known=False,
         about={
