@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, count
+from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, count, twin_name
 from nnunet_ssl.naming import resolve
 
 Role = Literal["method", "twin", "stock", "bound", "equal_compute"]
@@ -65,8 +65,7 @@ def twin_of(trainer: str, shared: str | None = None) -> tuple[str, dict[str, str
     What the trainer's name sets and the twin knows, the twin gets as well: both then differ in the
     use of unlabelled scans alone.
     """
-    cls: Any = resolve(trainer)
-    name, settings = parts_of(shared or cls.twin)
+    name, settings = parts_of(twin_name(trainer, shared))
     known = resolve(name).settings()  # type: ignore[attr-defined]
     _, own = parts_of(trainer)
     return name, settings | {k: v for k, v in own.items() if k in known}

@@ -402,7 +402,7 @@ def check_trainers(spec: Spec) -> None:
     for trainer in spec.trainers:
         try:
             cls: Any = resolve(trainer)
-            twin: Any = resolve(spec.twin or cls.twin)
+            twin: Any = resolve(twin_name(trainer, spec.twin))
         except UserError as error:
             raise spec.error("trainers", str(error)) from error
         for key, value in spec.settings.items():
@@ -415,3 +415,16 @@ def check_trainers(spec: Spec) -> None:
                 except UserError as error:
                     fix = f"Settings of one trainer go into its name: {trainer}+{key}={value}."
                     raise spec.error(full, f"{error} {fix}") from error
+
+
+def twin_name(trainer: str, shared: str | None = None) -> str:
+    """Return the name of a trainer's supervised twin, with its settings; `shared` replaces it.
+
+    Raises:
+        UserError: unknown trainer, or one without twin.
+    """
+    cls: Any = resolve(trainer)
+    twin = shared or cls.twin
+    if not twin:
+        raise UserError(f"{trainer} has no supervised twin to stand beside. Name another trainer.")
+    return twin

@@ -23,6 +23,16 @@ PLANS = {
         }
     },
 }
+EPOCH = {
+    "seconds": 2.0,
+    "lr": 0.01,
+    "terms": {"sup": -0.5},
+    "pseudo_labels": {},
+    "shares": {},
+    "pseudo_dice": {"student": [0.5, 0.6]},
+    "patches": {"labeled": 4, "unlabeled": 6},
+    "gpu_peak_mb": 70,
+}
 
 
 def option(command: list[str], name: str) -> str:
@@ -49,10 +59,9 @@ def run_fake(command: list[str], environment: dict[str, str]) -> None:
         model = Path(environment["nnUNet_results"]) / dataset(raw, number).name / name
         (model / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
         (model / "plans.json").write_text(json.dumps(PLANS))
-        epoch = {"epoch": 0, "seconds": 2.0, "patches": {"labeled": 4, "unlabeled": 6}}
         if option(command, "-tr") != "nnUNetTrainer":
-            line = json.dumps(epoch | {"gpu_peak_mb": 70}) + "\n"
-            (model / f"fold_{fold}" / "ssl_log.jsonl").write_text(line * 2)
+            lines = [json.dumps(EPOCH | {"epoch": k, "progress": (k + 1) / 2}) for k in range(2)]
+            (model / f"fold_{fold}" / "ssl_log.jsonl").write_text("\n".join(lines) + "\n")
         (model / f"fold_{fold}" / "checkpoint_final.pth").touch()
         if fold != "all":
             validate(model / f"fold_{fold}", dataset(raw, number), environment, int(fold))

@@ -145,7 +145,7 @@ def test_unknown_trainer_and_single_case(commands, run, monkeypatch):
         return raw
 
     monkeypatch.setattr(module, "read_raw_dataset", with_one)
-    with pytest.raises(UserError, match=r"1 annotated case, so nothing is left to validate on. Ann"):
+    with pytest.raises(UserError, match=r"1 annotated case, so nothing is left to validate on"):
         run()
 
 

@@ -141,6 +141,12 @@ def test_one_twin_for_all(read):
     assert len(cells) == 4 * 3 and {c.twin for c in cells[1:3]} == {cells[0].id}
 
 
+def test_a_trainer_without_twin(read, monkeypatch):
+    monkeypatch.setattr("nnunet_ssl.trainers.SSLTrainerBCP.twin", "")
+    with pytest.raises(UserError, match=r"line 12, trainers: SSLTrainerBCP has no supervised twin"):
+        read()
+
+
 def test_settings_in_a_name_win_and_reach_the_twin_that_knows_them(read):
     new = "SSLTrainerBCP+num_epochs=9+box=0.5+ema_decay=0.9"
     cells = expand(read("SSLTrainerBCP", new), 10)
