@@ -108,7 +108,9 @@ class SubmititLauncher:
         self.folder = folder / "%j"
         self.job_class = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
         try:
-            self.executor = submitit.AutoExecutor(self.folder, cluster=cluster)
+            self.executor = submitit.AutoExecutor(
+                self.folder, cluster=cluster, slurm_max_num_timeout=100
+            )
         except RuntimeError as error:  # no sbatch here
             raise UserError(
                 f"--launcher slurm: {error}. Start the runner where sbatch is, or leave the option "
