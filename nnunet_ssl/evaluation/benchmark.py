@@ -30,6 +30,7 @@ from nnunet_ssl.planning.api import plans_name_of
 from nnunet_ssl.planning.raw import RawDataset, inspect_case, list_cases
 from nnunet_ssl.planning.splits import (
     draw_labeled,
+    members_of,
     place_once,
     read_annotated,
     read_case_list,
@@ -65,7 +66,7 @@ class Data:
 
     def count(self) -> int:
         """Training cases, or groups of them."""
-        return len({self.groups[c] for c in self.training} if self.groups else self.training)
+        return len(members_of(self.training, self.groups))
 
 
 def run_benchmark(
@@ -169,14 +170,17 @@ def read_data(spec: Spec) -> Data:
         )
     groups = read_groups(spec.groups) if spec.groups else converted.get("groups") or None
     images = labels = None
-    if spec.test.last is not None:
-        number = count(spec.test.last, len({groups[c] for c in order} if groups else order))
-        training, names = take_test(order, number, groups)
-    elif spec.test.names is not None:
-        training, names = take_test(order, read_case_list(spec.test.names, raw), groups)
-    else:
-        training, names = list(order), []
-        images, labels = held_out_folders(spec, source, converted)
+    training, names = list(order), []
+    try:
+        if spec.test.last is not None:
+            number = count(spec.test.last, len(members_of(order, groups)))
+            training, names = take_test(order, number, groups)
+        elif spec.test.names is not None:
+            training, names = take_test(order, read_case_list(spec.test.names, raw), groups)
+        else:
+            images, labels = held_out_folders(spec, source, converted)
+    except UserError as error:
+        raise spec.error("test", str(error)) from error
     if images and labels:
         channels = len(next(iter(raw.labeled.values())))
         test = list_cases(images, raw.file_ending, channels)
@@ -225,15 +229,14 @@ def held_out_folders(spec: Spec, source: Path, converted: Mapping) -> tuple[Path
         return spec.test.folders
     part = spec.test.part
     if not converted:
-        raise spec.error(
-            "test.set",
+        raise UserError(
             f"{source} has no conversion.json, which tells where its {part} cases are. Make it "
-            f"with nnunet_ssl convert, or use test: last, list or images and labels.",
+            f"with nnunet_ssl convert, or use last, list, or images and labels."
         )
     held = Path(converted["heldout"])
     images, labels = held / f"{part}_images", held / f"{part}_labels"
     if not images.is_dir():
-        raise spec.error("test.set", f"{images} does not exist. Convert the data set again.")
+        raise UserError(f"{images} does not exist. Convert the data set again.")
     return images, labels
 
 

@@ -1,6 +1,7 @@
 """Cross-validation splits for few annotated cases, and data sets with few annotated cases."""
 
 import csv
+import io
 import json
 import os
 import random
@@ -11,8 +12,9 @@ from pathlib import Path
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from nnunet_ssl.data.loader import CASE_TABLE, read_csv
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.io import explain_os_error, write_json
+from nnunet_ssl.io import explain_os_error, write_json, write_text
 from nnunet_ssl.planning.raw import (
     MAX_LISTED,
     RawDataset,
@@ -209,6 +211,7 @@ def split_dataset(
         place_cases(raw, test_cases, held / "test_images", held / "test_labels", copy)
         write_json(new_json, new / "dataset.json")
         write_json(provenance, new / "split.json")
+        copy_case_table(source_folder, new, [*keep, *hide])
     print(
         f"{target}: {len(keep)} annotated, {len(hide)} without masks, {len(test_cases)} for "
         f"testing, {len(unused)} unused. Test cases and hidden masks: {hidden}"
@@ -216,6 +219,28 @@ def split_dataset(
     if not hide:
         print("NOTE: no case is left for imagesUn; this is a data set for supervised training.")
     return target
+
+
+def copy_case_table(source: Path, target: Path, cases: Sequence[str] | None = None) -> None:
+    """Copy the table of values per case into another folder, if there is one.
+
+    Args:
+        source: raw folder.
+        target: folder to copy to.
+        cases: whose rows are copied; None copies all.
+
+    Raises:
+        UserError: the file is no UTF-8 text, or `target` not writable.
+    """
+    path = source / CASE_TABLE
+    if path.is_file():
+        reader = read_csv(path)
+        text = io.StringIO()
+        columns = reader.fieldnames or []
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in reader if cases is None or row.get("case") in cases)
+        write_text(text.getvalue(), target / CASE_TABLE)
 
 
 def read_annotated(folder: Path) -> RawDataset:
@@ -246,13 +271,13 @@ def take_test(
     Raises:
         UserError: number too large, a case without group, or a group on both sides.
     """
-    members = _members(order, groups)
+    members = members_of(order, groups)
     what = "groups" if groups else "cases"
     if isinstance(test, int):
         if not 0 <= test < len(members):
             raise UserError(
-                f"--test {test} is not between 0 and {len(members) - 1}; there are {len(members)} "
-                f"{what}. Give another number."
+                f"{test} test {what} are asked for, but there are {len(members)} {what}. Give a "
+                f"number from 0 to {len(members) - 1}."
             )
         last = list(members.values())[len(members) - test :]
         chosen = [case for group in last for case in group]
@@ -286,7 +311,7 @@ def draw_labeled(
     """
     if draw < 0:
         raise UserError(f"--draw {draw} is below 0. Give 0 for the order as it is, or a seed.")
-    members = list(_members(rest, groups).values())
+    members = list(members_of(rest, groups).values())
     if draw:
         random.Random(draw).shuffle(members)
     if not 1 <= labeled <= len(members):
@@ -300,7 +325,7 @@ def draw_labeled(
     )
 
 
-def _members(order: Sequence[str], groups: Mapping[str, str] | None) -> dict[str, list[str]]:
+def members_of(order: Sequence[str], groups: Mapping[str, str] | None) -> dict[str, list[str]]:
     """Group -> its cases, groups in the order of their first cases; each its own without groups."""
     members: dict[str, list[str]] = {}
     for case in order:

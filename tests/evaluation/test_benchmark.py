@@ -348,13 +348,19 @@ def test_a_second_runner(place, commands, run):
     assert run() == 0
 
 
+def test_groups_that_lack_a_case(place, run):
+    (place / "groups.csv").write_text("case,group\ntr_000,p0\n")
+    with pytest.raises(UserError, match=r"Case tr_001 has no group"):
+        run("source: Dataset901_Toy", "source: Dataset901_Toy\n  groups: groups.csv")
+
+
 @pytest.mark.parametrize(
     "old, new, words",
     [
         ("Dataset901_Toy", "Dataset902_None", r"line 5, dataset.source: no dataset.json in"),
-        ("last: 2", "last: 8", "--test 8 is not between 0 and 7"),
+        ("last: 2", "last: 8", "line 6, test: 8 test cases are asked for, but there are 8 cases"),
         ("labeled: [2]", "labeled: [6]", "line 10, labeled: 6 leaves nothing unlabelled: 6 cases"),
-        ("last: 2", "set: val", "line 7, test.set: .* has no conversion.json"),
+        ("last: 2", "set: val", "line 6, test: .* has no conversion.json"),
         ("protocol: raw", "protocol: cropped-literature", "line 3, protocol: .*converted as raw"),
         ("device: cpu", "device: cuda", "line 15, device: cuda, but none is found"),
     ],

@@ -212,7 +212,7 @@ def test_groups_that_do_not_fit(source, roots, tmp_path):
         split_dataset(901, 902, labeled=1, test=test, groups=groups)
     with pytest.raises(UserError, match="between 1 and 5, the number of groups"):
         split_dataset(901, 902, labeled=6, groups=groups)
-    with pytest.raises(UserError, match="between 0 and 4; there are 5 groups"):
+    with pytest.raises(UserError, match="5 test groups are asked for, but there are 5 groups"):
         split_dataset(901, 902, labeled=1, test=5, groups=groups)
     del groups["tr_006"]
     with pytest.raises(UserError, match="Case tr_006 has no group"):
@@ -268,7 +268,10 @@ def test_all_cases_may_keep_their_masks(source, roots, capsys):
             "between 1 and 6, the number of cases that are not for testing",
         ),
         ({"labeled": 1, "draw": -1}, "--draw -1 is below 0. Give 0 for the order as it is"),
-        ({"labeled": 1, "test": 10}, "--test 10 is not between 0 and 9; there are 10 cases"),
+        (
+            {"labeled": 1, "test": 10},
+            "10 test cases are asked for, but there are 10 cases. Give a number from 0 to 9",
+        ),
         ({"labeled": 1, "new_id": 1000}, "New id 1000 is not between 1 and 999"),
         ({"labeled": 1, "new_id": 901}, "Id 901 is taken by .*Dataset901_Toy.*another with -o"),
     ],
