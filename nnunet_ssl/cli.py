@@ -183,6 +183,33 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(name, **options)
 
     sub = add(
+        "spcl",
+        run_spcl,
+        "pre-train an encoder on all images without their masks, then train from it",
+        "nnunet_ssl spcl 104 2d all",
+    )
+    sub.add_argument("dataset", help="id or name: 4 or Dataset004_Hippocampus")
+    sub.add_argument("configuration", help="2d, 3d_fullres or 3d_lowres")
+    sub.add_argument("fold", help="0 to 4, or all: train on every annotated case")
+    sub.add_argument(
+        "-pre",
+        default="SSLTrainerSPCLPretrain",
+        metavar="NAME",
+        help="trainer of the first stage, with settings if wanted (%(default)s)",
+    )
+    sub.add_argument(
+        "-tr",
+        default="SSLTrainerSPCL",
+        metavar="NAME",
+        help="trainer that starts from it; any with one network (%(default)s)",
+    )
+    sub.add_argument("-p", default=DEFAULT_PLANS, metavar="PLANS", help="plans (%(default)s)")
+    sub.add_argument("-device", default="cuda", help="cuda, cpu or mps (%(default)s)")
+    sub.add_argument(
+        "--c", action="store_true", help="go on: a finished first stage is not run again"
+    )
+
+    sub = add(
         "predict",
         run_predict,
         "nnU-Net's prediction; nnU-Net's own arguments",
@@ -362,7 +389,7 @@ def describe_trainer(name: str, cls: Any) -> str:
     width = max(map(len, settings), default=0)
     lines += [f"  {key.ljust(width)}  {value!r}" for key, value in settings.items()]
     lines.append(f"\nexample: -tr {name.split('+')[0]}+num_epochs=100")
-    if cls.uses_unlabeled:
+    if cls.uses_unlabeled and cls.twin:
         lines.append(f"its supervised twin: -tr {cls.twin}")
     return "\n".join(lines)
 
@@ -422,6 +449,30 @@ def run_train(args: argparse.Namespace) -> None:
     from nnunetv2.run.run_training import run_training_entry
 
     call_nnunet("nnUNetv2_train", args, run_training_entry)
+    print_predict_command(
+        trainer, args, ["INPUT", "OUTPUT"], args.dataset, args.configuration, [args.fold]
+    )
+
+
+def run_spcl(args: argparse.Namespace) -> None:
+    """Run both stages, print the command that predicts."""
+    trainer = prepare(args)
+    from nnunet_ssl.estimate import estimate
+    from nnunet_ssl.two_stages import train_in_two_stages
+
+    place = args.dataset, args.configuration, args.p
+    for name in (args.pre, args.tr):
+        print(f"{name}: {estimate(*place, name, args.device)}", flush=True)
+    train_in_two_stages(
+        args.dataset,
+        args.configuration,
+        args.fold,
+        first=args.pre,
+        second=args.tr,
+        plans=args.p,
+        device=args.device,
+        resume=args.c,
+    )
     print_predict_command(
         trainer, args, ["INPUT", "OUTPUT"], args.dataset, args.configuration, [args.fold]
     )

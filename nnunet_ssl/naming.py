@@ -119,6 +119,7 @@ def _words(hint: Any) -> str:
         types.NoneType: "None",
         int: "a whole number",
         float: "a number",
+        str: "a word",
     }
     return words.get(hint) or hint.__name__
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "split": ["--labeled", "--draw", "--list", "--test", "--copy"],
     "plan_and_preprocess": ["--plan-on", "--keep_plans", "-gpu_memory_target", "-npfp"],
     "train": ["-tr", "-pretrained_weights", "--val_best", "-num_gpus"],
+    "spcl": ["-pre", "SSLTrainerSPCLPretrain", "--c"],
     "predict": ["-prev_stage_predictions", "--disable_tta", "-chk"],
     "export": ["--network", "MODEL_FOLDER"],
     "demo": ["--seed", "--device"],

@@ -122,6 +122,12 @@ def test_misfits_tell_the_value_and_what_fits(setting, takes):
     )
 
 
+def test_settings_of_several_words():
+    for text, value in {"partition": ("partition",), "phase,patient": ("phase", "patient")}.items():
+        assert resolve(f"SSLTrainerSPCL+weights=1+meta_labels={text}").meta_labels == value
+    fails_with("SSLTrainerSPCL+meta_labels=1,2", "a word, or several separated by commas")
+
+
 @pytest.mark.parametrize("pairs", ["seed", "seed=1+seed=2", "seed=1+seed=1", "", "seed=1+", "+"])
 def test_pairs_must_read_key_value_once(pairs):
     fails_with(f"SSLTrainer+{pairs}", "key=value, each key once", "SSLTrainer+num_epochs=100")

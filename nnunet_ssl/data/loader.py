@@ -243,10 +243,15 @@ def read_case_labels(
 
 def has_column(path: Path, column: str) -> bool:
     """Tell whether a CSV file exists and has this column."""
-    return path.is_file() and column in (_read_csv(path).fieldnames or [])
+    return path.is_file() and column in (read_csv(path).fieldnames or [])
 
 
-def _read_csv(path: Path) -> csv.DictReader:
+def read_csv(path: Path) -> csv.DictReader:
+    """Return a reader of a CSV file.
+
+    Raises:
+        UserError: it is no UTF-8 text.
+    """
     try:  # with or without a byte order mark
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -261,7 +266,7 @@ def _read_rows(
         return {}
     if not path.is_file():
         raise UserError(f"{path} is missing. Write it with the columns case, {', '.join(columns)}.")
-    reader = _read_csv(path)
+    reader = read_csv(path)
     found = reader.fieldnames or []
     rows: dict[Any, dict[str, Any]] = {row.get("case"): row for row in reader}
     missing = [c for c in ("case", *columns) if c not in found]

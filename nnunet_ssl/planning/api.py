@@ -30,7 +30,7 @@ from nnunet_ssl.planning.raw import (
     read_raw_dataset,
     silence,
 )
-from nnunet_ssl.planning.splits import ensure_splits, read_splits
+from nnunet_ssl.planning.splits import copy_case_table, ensure_splits, read_splits
 from nnunet_ssl.planning.workers import Workers
 
 
@@ -114,6 +114,7 @@ def plan_and_preprocess(
             fingerprint_path = base / "dataset_fingerprint.json"
             extract_fingerprint(raw, labeled, counted, workers, fingerprint_path)
     ensure_splits(raw.folder, base, list(raw.labeled))
+    copy_case_table(raw.folder, base)
     if not keep_plans:
         options: dict[str, Any] = {"preprocessor_name": preprocessor, "plans_name": plans_name}
         if gpu_memory_target is not None:

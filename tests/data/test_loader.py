@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
@@ -16,7 +17,14 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.data.batch import Batch
-from nnunet_ssl.data.loader import PatchLoader, TwoStreamLoader, read_case_table
+from nnunet_ssl.data.loader import (
+    PatchLoader,
+    TwoStreamLoader,
+    has_column,
+    read_case_labels,
+    read_case_table,
+    runs_backwards,
+)
 from nnunet_ssl.data.unlabeled import UnlabeledDataset
 from nnunet_ssl.data.views import Pipeline
 from nnunet_ssl.errors import UserError
@@ -345,7 +353,71 @@ def test_second_view_is_masked_by_its_own_mask(tmp_path):
         assert torch.equal(second[:, 0] == 0, masked)
 
 
+# ---------------------------------------------------------------- direction of the slices
+
+
+@pytest.mark.parametrize(
+    ("properties", "axes"),
+    [
+        ({}, []),
+        ({"sitk_stuff": {"direction": (1, 0, 0, 1)}}, []),  # 2D
+        ({"sitk_stuff": {"direction": (1, 0, 0, 0, 1, 0, 0, 0, -1)}}, [0]),
+        ({"sitk_stuff": {"direction": (-1, 0, 0, 0, -1, 0, 0, 0, 1)}}, [1, 2]),
+        ({"sitk_stuff": {"direction": (0.1, 0, 0.9, 0.9, 0, 0.1, 0, -1, 0)}}, [1]),
+        ({"nibabel_stuff": {"original_affine": np.diag([2, 2, -3, 1])}}, [0]),
+        (
+            {
+                "nibabel_stuff": {
+                    "original_affine": np.diag([2, 2, -3, 1]),
+                    "reoriented_affine": np.diag([2, 2, 3, 1]),
+                }
+            },
+            [],
+        ),
+    ],
+)
+def test_axes_that_run_backwards(properties, axes):
+    assert [a for a in range(3) if runs_backwards(properties, a)] == axes
+
+
+@pytest.mark.parametrize("patch", [(8, 10, 12), (10, 12)])
+def test_positions_follow_the_scanner_and_not_the_file(patch, tmp_path):
+    cases = unlabeled_cases(tmp_path)
+    path = str(tmp_path / "un_001.pkl")
+    turned = {"sitk_stuff": {"direction": (1, 0, 0, 0, 1, 0, 0, 0, -1)}}
+    write_pickle(load_pickle(path) | turned, path)
+    loader = unlabeled_loader(cases, patch, still(patch), meta=("case", "position", "z_map"))
+    seen = set()
+    for _ in range(4):
+        batch = next(loader)
+        for i, key in enumerate(batch["keys"]):
+            inside = batch["valid"][i, 0]
+            z = (batch["data"][i, Z][inside] - 0.5) / SHAPE[0]
+            along = batch["meta"]["z_map"][i, 0][inside]
+            torch.testing.assert_close(along, 1 - z if key == "un_001" else z)
+            torch.testing.assert_close(batch["meta"]["position"][i, 0], along.mean())
+            seen.add(key)
+    assert len(seen) == 3
+
+
 # ---------------------------------------------------------------- columns of a table
+
+
+def test_any_text_is_a_label(tmp_path):
+    path = tmp_path / "cases.csv"
+    path.write_text("case,phase,site\na,ED, 7\nb,ES,12\nc,ED,\nd,x,7\n")
+    assert read_case_labels(path, ["phase", "site"], ["a", "b", "c"]) == {
+        "a": {"phase": 0, "site": 1},
+        "b": {"phase": 1, "site": 0},
+        "c": {"phase": 0, "site": -1},
+    }
+    assert read_case_labels(tmp_path / "none.csv", [], ["a"]) == {}
+    with pytest.raises(UserError, match=r"cases\.csv has no column 'age'.*Add it"):
+        read_case_labels(path, ["age"], ["a"])
+    with pytest.raises(UserError, match=r"cases\.csv has no row for case 'e'"):
+        read_case_labels(path, ["phase"], ["e"])
+    assert has_column(path, "site") and not has_column(path, "age")
+    assert not has_column(tmp_path / "none.csv", "site")
 
 
 def test_columns_of_the_table_follow_the_cases(tmp_path):

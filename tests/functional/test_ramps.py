@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from nnunet_ssl.functional import rampup_between, sigmoid_rampup
+from nnunet_ssl.functional import rampup_between, sigmoid_rampup, warmup_cosine
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,13 @@ def test_rampup_between():
     assert (rampup_between(0.19, 0.2, 0.2), rampup_between(0.2, 0.2, 0.2)) == (0.0, 1.0)
     with pytest.raises(ValueError, match="before it starts"):
         rampup_between(0.5, 0.3, 0.1)
+
+
+def test_warmup_cosine():
+    rates = [2e-4 * warmup_cosine(e / 80, 0.125, 1 / 400, 5e-4) for e in range(81)]
+    assert rates[0] == pytest.approx(5e-7) and rates[10] == max(rates) == pytest.approx(2e-4)
+    assert rates[5] == pytest.approx((5e-7 + 2e-4) / 2)
+    assert rates[45] == pytest.approx((2e-4 + 1e-7) / 2) and rates[80] == pytest.approx(1e-7)
+    assert warmup_cosine(0, 0, 0.1, 0) == 1
+    with pytest.raises(ValueError, match="fraction of training"):
+        warmup_cosine(0.5, 1.0, 0, 0)

@@ -210,3 +210,13 @@ def test_preprocessed_folder_not_writable(toy, roots, base, monkeypatch):
     with pytest.raises(UserError, match=r"Dataset901_Toy: the folder is not writable. Change"):
         plan("2d")
     assert not (toy / "splits_final.json").exists()
+
+
+def test_values_per_case_are_carried_to_the_preprocessed_data(toy, base):
+    base.mkdir()
+    (base / "cases.csv").write_text("case,old\n")
+    plan()
+    assert (base / "cases.csv").read_text() == "case,old\n"  # nothing to carry
+    (toy / "cases.csv").write_text("case,phase\ntr_000,ED\n")
+    plan(keep_plans=True)
+    assert (base / "cases.csv").read_text() == "case,phase\ntr_000,ED\n"

@@ -204,6 +204,14 @@ def test_groups_are_counted_and_stay_whole(source, roots, draw):
     assert (draw == 0) == (split["labeled"] == ["tr_000", "tr_001", "tr_002", "tr_003"])
 
 
+def test_values_per_case_go_with_their_cases(source, roots, base):
+    rows = [f'tr_{i:03d},"site {i % 2}, old"' for i in range(10)]
+    (source / "cases.csv").write_text("\n".join(["case,site", *rows]))
+    new = split_dataset(901, 902, labeled=2, test=3)
+    assert (new / "cases.csv").read_text().splitlines() == ["case,site", *rows[:7]]
+    assert not list((roots / "nnunet_ssl_heldout").rglob("cases.csv"))
+
+
 def test_groups_that_do_not_fit(source, roots, tmp_path):
     groups = {f"tr_{i:03d}": f"patient{i // 2}" for i in range(10)}
     test = tmp_path / "test.list"
