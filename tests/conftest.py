@@ -67,11 +67,12 @@ def dataset_folder(root: Path, dataset: str) -> str:
 def make_trainer(nnunet, no_plots):
     """Return a function that makes a trainer as `nnUNetv2_train` does, in this process."""
 
-    def make(name, dataset="Toy", configuration="3d_fullres", fold="all", short=True):
+    def make(name, dataset="Toy", configuration=None, fold="all", short=True):
         base = Path(os.environ["nnUNet_preprocessed"]) / dataset_folder(nnunet, dataset)
         plans = json.loads((base / "nnUNetPlans.json").read_text())
         plans["continue_training"] = False
         trainer_class = resolve(name + SHORT) if short else resolve(name)
+        configuration = configuration or ("3d_fullres" if "3d" in trainer_class.dims else "2d")
         return trainer_class(
             plans,
             configuration,
