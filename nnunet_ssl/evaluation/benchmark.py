@@ -157,6 +157,12 @@ def read_data(spec: Spec) -> Data:
             f"is {spec.protocol}, but {source} was converted as {converted['protocol']}. Correct "
             f"one of them; the two are never mixed.",
         )
+    if not converted.get("spacing_known", True) and spec.units != "voxel":
+        raise spec.error(
+            "evaluate",
+            f"distances in mm, but {source} was converted from files without spacing. Write "
+            f"evaluate: {{units: voxel}}.",
+        )
     order = (
         read_case_list(spec.order, raw)
         if spec.order

@@ -348,6 +348,14 @@ def test_a_second_runner(place, commands, run):
     assert run() == 0
 
 
+def test_no_millimetres_without_spacing(place, run):
+    path = place / "source" / "Dataset901_Toy" / "conversion.json"
+    path.write_text(json.dumps({"protocol": "raw", "spacing_known": False}))
+    with pytest.raises(UserError, match=r"evaluate: distances in mm.* evaluate: {units: voxel}"):
+        run(dry_run=True)
+    assert run(more="evaluate: {units: voxel}\n", dry_run=True) == 0
+
+
 def test_groups_that_lack_a_case(place, run):
     (place / "groups.csv").write_text("case,group\ntr_000,p0\n")
     with pytest.raises(UserError, match=r"Case tr_001 has no group"):
