@@ -42,6 +42,14 @@ def run_everything(device, spatial):
     f.pseudo_ce_dice(logits, label, valid, valid, min_voxels=16)
     f.pseudo_ce_dice(logits, multi, multi, valid, regions=True, min_voxels=16)
 
+    f.competition_score(logits, label, valid, 0.5)
+    f.competition_loss(logits, logits, valid.any(), 0.1, valid)
+    f.view_cosine(logits, logits, valid)
+    for by_outcome, contrast in ((True, f.outcome_contrast), (False, f.iuc_contrast)):
+        places = f.draw_places(label, label, valid, 3, 50, by_outcome)
+        rows = f.gather_places(logits, places)
+        contrast(rows, rows, rows.argmax(1), rows.argmax(1), places.counted, 3, 0.1)
+
     for regions, target in ((False, label), (True, multi)):
         prob = f.to_prob(logits, regions)
         f.coarse_maps(prob, valid, [2] * n, regions)

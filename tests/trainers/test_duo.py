@@ -73,3 +73,21 @@ def test_network_knows_regions_from_the_checkpoint_alone(name, make_trainer):
     )
     fresh.load_state_dict(trainer.network.state_dict(), strict=True)
     assert fresh.regions.item() == 1
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_any_batch_size_and_bfloat16_train(name, size, make_trainer):
+    trainer = make_trainer(name + "+bf16_on_cpu=True", "Channels", "2d")
+    trainer.configuration_manager.configuration["batch_size"] = size
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    before = [p.detach().clone() for p in trainer.network.parameters()]
+    batch = next(trainer.dataloader_train)
+    assert len(batch["data"]) == size
+    assert trainer.train_step(batch)["loss"].isfinite()
+    after = list(trainer.network.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert any(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    assert trainer._skipped_steps == 0
