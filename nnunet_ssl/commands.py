@@ -11,6 +11,7 @@ from pathlib import Path
 from nnunet_ssl.errors import UserError
 
 LAST_LINES = 15
+LINGER = 10  # seconds to read on after the end
 EPOCH_ENDS = "Epoch time: "  # in a line of nnU-Net's training
 
 
@@ -63,7 +64,7 @@ def run_command(
         except BaseException:
             process.kill()
             raise
-        reader.join(timeout=10)
+        reader.join(timeout=LINGER)
     if process.returncode != 0:
         raise UserError(
             f"The command {command[0]} failed with code {process.returncode} (below 0: ended by "

@@ -509,6 +509,50 @@ def test_a_task_that_is_killed_from_outside(place, commands, run, monkeypatch):
     assert "ended from outside, most likely for lack of memory" in error and "some words" in error
 
 
+def test_stopped_by_hand(place, commands, run, monkeypatch):
+    stopped = []
+
+    class Interrupted(InProcess):
+        def ended(self, handle):
+            raise KeyboardInterrupt
+
+        def stop(self, handle):
+            stopped.append(handle)
+
+    monkeypatch.setattr(benchmark, "LocalLauncher", lambda workers: Interrupted())
+    with pytest.raises(UserError, match=r"Stopped\. The same command goes on where it was"):
+        run()
+    assert len(stopped) == 1
+
+
+def test_several_at_a_time_but_never_before_their_data_set(place, commands, run, monkeypatch):
+    class Two(InProcess):
+        slots = 2
+
+        def __init__(self):
+            self.running, self.most, self.started = set(), 0, []
+
+        def start(self, folder):
+            needed = folder.parent.parent / "datasets" / "Toy_2labeled"
+            assert "datasets" in folder.parts or tasks.is_done(needed)
+            self.running.add(folder)
+            self.most = max(self.most, len(self.running))
+            self.started.append(folder.name)
+            return folder
+
+        def ended(self, folder):
+            if folder in self.running:
+                self.running.remove(folder)
+                super().start(folder)
+                return False
+            return True
+
+    two = Two()
+    monkeypatch.setattr(benchmark, "LocalLauncher", lambda workers: two)
+    assert run(workers=2) == 0
+    assert two.most == 2 and len(two.started) == 6 == len(set(two.started))
+
+
 # --- the true stages ----------------------------------------------------------------------------
 
 
