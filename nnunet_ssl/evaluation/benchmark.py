@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.cells import STOCK, STOCK_EPOCHS, STOCK_ITERATIONS, Cell, chosen, expand
+from nnunet_ssl.evaluation.cells import (
+    NOT_TOLD,
+    STOCK,
+    STOCK_EPOCHS,
+    STOCK_ITERATIONS,
+    Cell,
+    chosen,
+    expand,
+    pretraining_task,
+)
 from nnunet_ssl.evaluation.runner import (
     Launcher,
     LocalLauncher,
@@ -176,7 +185,7 @@ def read_data(spec: Spec) -> Data:
         )
     groups = read_groups(spec.groups) if spec.groups else converted.get("groups") or None
     images = labels = None
-    training, names = list(order), []
+    training, names = take_test(order, 0, groups)
     try:
         if spec.test.last is not None:
             number = count(spec.test.last, len(members_of(order, groups)))
@@ -451,10 +460,11 @@ def cell_task(
             "pseudo_labels": len(hidden) if pseudo_labels else 0,
         },
         "environment": environment(own_folders(folder, results), workers),
-        "row": {k: v for k, v in vars(cell).items() if k != "epochs"},
+        "row": {k: v for k, v in vars(cell).items() if k not in NOT_TOLD},
         "train": {
             "command": train,
             "model": str(model / f"fold_{cell.fold}"),
+            "pretrain": pretraining_task(cell, train, model / f"fold_{cell.fold}"),
             "epochs": cell.epochs,
             "configuration": spec.configuration,
             "device": spec.device,
