@@ -40,6 +40,7 @@ setup(
         "SimpleITK",
         "batchgenerators",
         "dynamic-network-architectures",
+        "filelock",
         "h5py",
         "jinja2",
         "matplotlib",
