@@ -14,9 +14,9 @@ Reads one of two releases, told apart by the files:
 
 Splits: 70 training patients in the order of SSL4MIS (--labeled 3, 7 or 14 counts patients; the
 others without masks), 10 validation and 20 test patients. Both frames of a patient stay together.
-The lists of --list and --test name frames, for example patient001_frame01. Patients 074 and 076
-(both for training) are the same scans, annotated twice (Dice 0.95-0.99 between the two): they count
-as one patient, so that 69 are left.
+Lists (--list, --test, --labeled) name patients (patient001) or frames (patient001_frame01).
+Patients 074 and 076 (both for training) are the same scans, annotated twice (Dice 0.95-0.99 between
+the two): they count as one patient, so that 69 are left.
 
 cases.csv, for training cases: patient (number), phase (ED 0, ES 1), frame (its number in the
 cine), group (NOR 0, MINF 1, DCM 2, HCM 3, RV 4), height (cm), weight (kg); from h5 files only
@@ -83,9 +83,6 @@ def find(source: Path, options: argparse.Namespace) -> Release:
     notes: list[str] = []
     cases = _packed_cases(packed) if packed else _cine_cases(scans, notes)
     patients = {k: published_list(f"ACDC_{k}.txt") for k in ("train", "val", "test")}
-    frames: dict[str, list[str]] = {}
-    for case in cases:
-        frames.setdefault(case.group, []).append(case.name)
     wanted = {p for names in patients.values() for p in names}
     blind = [c.name for c in cases if c.mask is None and c.group in wanted]
     if blind:
@@ -100,8 +97,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
             "myocardium": 2,
             "left ventricle": 3,
         },
-        # a patient who is absent stands for itself, so that the core reports it
-        splits={k: [c for p in names for c in frames.get(p, [p])] for k, names in patients.items()},
+        splits=patients,
         list_name="SSL4MIS, 70/10/20 patients",
         spacing_known=not packed or spacing is not None,
         about={

@@ -16,7 +16,8 @@ images of training and test set are of 551. --labeled counts images: 100 (10 %) 
 the 999. Papers test on part of the training images, too (--test counts examinations), since
 masks of the challenge's 335 test images are not public.
 
-cases.csv, for training cases: pixel_size and head_circumference, in mm.
+cases.csv, for training cases: pixel_size, in mm. The csv's circumferences are left out, as they are
+measured on the annotations, also on those that are hidden here.
 
 Examples:
   nnunet_ssl convert HC18 -i HC18 -d 30 --test 160 --labeled 80
@@ -37,7 +38,14 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import label as components
 
-from nnunet_ssl.dataset_conversion.core import Case, Release, Scan, add_split_options, run_script
+from nnunet_ssl.dataset_conversion.core import (
+    Case,
+    Release,
+    Scan,
+    add_split_options,
+    add_test_images_option,
+    run_script,
+)
 from nnunet_ssl.dataset_conversion.reading import (
     describe_folder,
     files_below,
@@ -51,18 +59,14 @@ from nnunet_ssl.dataset_conversion.selection import by_hash
 from nnunet_ssl.errors import UserError
 
 IMAGE = re.compile(r"((\d{3})_\d?HC)(_Annotation)?\.png", re.IGNORECASE)
-PIXEL_SIZE, CIRCUMFERENCE = "pixel size", "head circumference"  # followed by (mm), with blanks
+# columns, followed by (mm), with blanks; the table of the test images lacks the second
+PIXEL_SIZE, CIRCUMFERENCE = "pixel size", "head circumference"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Splits, and what happens to the challenge's test images."""
     add_split_options(parser)
-    parser.add_argument(
-        "--use-test-images",
-        action="store_true",
-        help="train on the images of test_set, too, without masks. Results on the challenge's own "
-        "test set are transductive then: say so",
-    )
+    add_test_images_option(parser, "the images of test_set")
 
 
 def find(source: Path, options: argparse.Namespace) -> Release:
@@ -122,7 +126,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
 
 
 def _read_tables(source: Path) -> dict[tuple[bool, str], dict[str, float]]:
-    """Read the csv files: (test image or not, name of the case) -> numbers in mm."""
+    """Read the csv files: (test image or not, name of the case) -> pixel size in mm."""
     numbers: dict[tuple[bool, str], dict[str, float]] = {}
     for path in files_below(source, ".csv"):
         try:
@@ -139,17 +143,14 @@ def _read_tables(source: Path) -> dict[tuple[bool, str], dict[str, float]]:
         for row in rows:
             name = row[columns["filename"]].strip()
             try:
-                values = {"pixel_size": float(row[size])}
-                if length is not None:
-                    values["head_circumference"] = float(row[length])
+                value = float(row[size])
             except (TypeError, ValueError):
-                values = {"pixel_size": math.nan}
-            if not all(math.isfinite(v) and v > 0 for v in values.values()):
+                value = math.nan
+            if not (math.isfinite(value) and value > 0):
                 raise UserError(
-                    f"{path}: {name} has no pixel size or circumference above 0. Unpack the csv "
-                    f"file again."
+                    f"{path}: {name} has no pixel size above 0. Unpack the csv file again."
                 )
-            numbers[length is None, Path(name).stem.upper()] = values
+            numbers[length is None, Path(name).stem.upper()] = {"pixel_size": value}
     return numbers
 
 

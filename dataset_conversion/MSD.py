@@ -16,7 +16,14 @@ import argparse
 import json
 from pathlib import Path
 
-from nnunet_ssl.dataset_conversion.core import Case, Release, Scan, add_split_options, run_script
+from nnunet_ssl.dataset_conversion.core import (
+    Case,
+    Release,
+    Scan,
+    add_split_options,
+    add_test_images_option,
+    run_script,
+)
 from nnunet_ssl.dataset_conversion.reading import (
     describe_folder,
     files_below,
@@ -32,12 +39,7 @@ KEPT = ("description", "reference", "licence", "release")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Splits, and what happens to imagesTs."""
     add_split_options(parser)
-    parser.add_argument(
-        "--use-test-images",
-        action="store_true",
-        help="train on the images of imagesTs, too, without masks. Results on the challenge's own "
-        "test set are transductive then: say so",
-    )
+    add_test_images_option(parser, "the images of imagesTs")
 
 
 def find(source: Path, options: argparse.Namespace) -> Release:

@@ -26,7 +26,14 @@ import argparse
 import re
 from pathlib import Path
 
-from nnunet_ssl.dataset_conversion.core import Case, Release, Scan, add_split_options, run_script
+from nnunet_ssl.dataset_conversion.core import (
+    Case,
+    Release,
+    Scan,
+    add_split_options,
+    add_test_images_option,
+    run_script,
+)
 from nnunet_ssl.dataset_conversion.reading import (
     describe_folder,
     files_below,
@@ -42,12 +49,7 @@ PARTS = {"train": range(35), "val": range(35, 40), "test": range(40, 50)}
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Splits, and what happens to the challenge's test scans."""
     add_split_options(parser)
-    parser.add_argument(
-        "--use-test-images",
-        action="store_true",
-        help="train on the challenge's test scans, too, without masks. Results on the challenge "
-        "are transductive then: say so",
-    )
+    add_test_images_option(parser, "the challenge's test scans")
 
 
 def find(source: Path, options: argparse.Namespace) -> Release:

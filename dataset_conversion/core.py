@@ -7,7 +7,7 @@ A data-set script is one module of this package, named like the data set (MSD.py
     read(case, options) -> Scan        voxels of one case; runs in worker processes
     add_options(parser)                optional: own options, and of the shared ones
                                        `add_split_options`, `add_spacing_option`,
-                                       `add_protocol_option`
+                                       `add_protocol_option`, `add_test_images_option`
     HINTS = {"labels": "...", "geometry": "..."}   optional: what to do about an unexpected
                                        label, or about a mask on another grid
 
@@ -45,6 +45,7 @@ import SimpleITK as sitk
 from nnunet_ssl.dataset_conversion.reading import files_below, hash_source, listed, read_list
 from nnunet_ssl.dataset_conversion.selection import (
     PARTS,
+    Splits,
     choose_labeled,
     choose_splits,
     count_groups,
@@ -67,6 +68,8 @@ FORMAT = 1
 CROPPED = "cropped-literature"
 # options that say which cases go where; finished cases stay valid when they change
 PLACING = {"labeled", "draw", "list", "test", "allow_missing"}
+TABLES = (".csv", ".tsv", ".txt")  # the only files that -i may name
+LISTS = {"labeled", "list", "test"}  # a number or a file
 RUNNING = {"i", "d", "np", "overwrite"}
 
 
@@ -153,18 +156,31 @@ class Release:
 def add_split_options(parser: argparse.ArgumentParser) -> None:
     """Add --list and --test."""
     parser.add_argument(
-        "--list", type=Path, metavar="FILE", help="training cases in their order, one a line"
+        "--list",
+        type=Path,
+        metavar="FILE",
+        help="training cases (or groups of them, as patients) in their order, one a line",
     )
     parser.add_argument(
         "--test",
         metavar="N|FILE",
-        help="test set: the last N groups of the order, or the cases named in FILE",
+        help="test set: the last N groups of the order, or the cases or groups named in FILE",
     )
 
 
 def add_spacing_option(parser: argparse.ArgumentParser, text: str) -> None:
     """Add --spacing (mm, in the order x y z); `text` is its help."""
     parser.add_argument("--spacing", nargs="+", type=_positive, metavar="MM", help=text)
+
+
+def add_test_images_option(parser: argparse.ArgumentParser, which: str) -> None:
+    """Add --use-test-images; `which` names the challenge's test images."""
+    parser.add_argument(
+        "--use-test-images",
+        action="store_true",
+        help=f"train on {which}, too, without masks. Results on the challenge's own test set are "
+        f"transductive then: say so",
+    )
 
 
 def add_protocol_option(parser: argparse.ArgumentParser) -> None:
@@ -197,8 +213,8 @@ def build_parser(script: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--labeled",
         metavar="N|FILE",
-        help="how many patients (or images) keep their masks, or a file naming the cases; the "
-        "others go to imagesUn, their masks to the held-out folder; default: all keep them",
+        help="how many patients (or images) keep their masks, or a file naming cases or groups; "
+        "the others go to imagesUn, their masks to the held-out folder; default: all keep them",
     )
     parser.add_argument(
         "--draw",
@@ -238,6 +254,45 @@ def run_script(file: str) -> int:
 # ------------------------------------------------------------------------------------- the run
 
 
+@dataclass
+class Plan:
+    """Which cases go where; duplicates are settled once the voxels are known.
+
+    Attributes:
+        cases: all of the release, by name.
+        groups: of all cases.
+        masked: cases that have a mask.
+        splits: training, validation and test cases.
+        wanted: how many groups (or images) keep their masks, or which cases; None: all.
+        draw: seed of a random choice, 0: none.
+        counts: what a number in `wanted` counts.
+    """
+
+    cases: dict[str, Case]
+    groups: dict[str, str]
+    masked: set[str]
+    splits: Splits
+    wanted: int | list[str] | None
+    draw: int
+    counts: str
+
+    def choose_labeled(self) -> list[str]:
+        """Choose the cases that keep their masks, see there."""
+        return choose_labeled(
+            self.splits.train, self.groups, self.masked, self.wanted, self.draw, self.counts
+        )
+
+    def used(self) -> list[Case]:
+        """The cases of the three parts."""
+        return [self.cases[name] for name in self.splits.used()]
+
+    def digest(self) -> str:
+        """Hash of who goes where, with what group and numbers: two runs of one plan agree."""
+        cases = [(c.name, self.groups[c.name], dict(c.table)) for c in self.used()]
+        parts = [getattr(self.splits, part) for part in PARTS]
+        return hashlib.sha256(json.dumps([cases, parts], sort_keys=True).encode()).hexdigest()
+
+
 def convert(script: Any, argv: Sequence[str]) -> int:
     """Convert one data set.
 
@@ -258,6 +313,55 @@ def convert(script: Any, argv: Sequence[str]) -> int:
     release = script.find(options.i, options)
     for note in release.notes:
         print(f"NOTE: {note}")
+    plan = _make_plan(release, options)
+    plan.choose_labeled()  # a number that is too large is told at once
+    number = len(plan.wanted) if isinstance(plan.wanted, list) else plan.wanted
+    target = Target(target_root, options.d, release.stem, number, options.draw)
+    with target.locked():
+        target.finish_pending()
+        _convert_into(target, script, release, options, plan)
+    return 0
+
+
+def _convert_into(
+    target: Target, script: Any, release: Release, options: argparse.Namespace, plan: Plan
+) -> None:
+    """Convert all cases and put them in their places, unless this was done before."""
+    identity = _identity(script, release, options, plan)
+    previous = target.check_free(identity, options.overwrite)
+    with Workers(options.np) as workers:
+        if previous and _unchanged(previous, plan.used(), options.i, target, workers):
+            target.remove_parts()
+            print(f"{target.folder} is complete already; nothing to do.")
+            return
+        if previous:
+            raise UserError(
+                f"{target.folder} was made from other files than those in {options.i} now, or is "
+                f"incomplete. Add --overwrite to replace it, or give another id."
+            )
+        stamps = _convert_cases(script, release, options, plan.used(), target, workers)
+
+    flat = [c for c, stamp in stamps.items() if stamp["dimension"] == 2]
+    if 0 < len(flat) < len(stamps):
+        raise UserError(f"2D images among volumes: {listed(flat)}. Convert them separately.")
+    record = identity | _settle(plan, stamps) | _provenance(release, options, plan, stamps)
+    record |= {"format": FORMAT, "name": target.name, "heldout": str(target.heldout)}
+    dataset_json = {
+        "name": target.name,
+        **release.about,
+        "channel_names": {str(i): name for i, name in enumerate(release.channels)},
+        "labels": dict(release.labels),
+        "numTraining": len(record["labeled"]),
+        "file_ending": ENDING,
+    }
+    tables = {c: plan.cases[c].table for c in plan.splits.train}
+    target.place(record, dataset_json, tables, len(release.channels), plan.masked)
+    target.publish()
+    print(_summary(target, record, release, stamps))
+
+
+def _make_plan(release: Release, options: argparse.Namespace) -> Plan:
+    """Which cases train, validate and test, by what is known without opening an image."""
     cases = _index(release.cases)
     groups = {name: case.group or name for name, case in cases.items()}
     masked = {name for name, case in cases.items() if case.mask is not None}
@@ -271,59 +375,49 @@ def convert(script: Any, argv: Sequence[str]) -> int:
         test=getattr(options, "test", None),
         allow_missing=options.allow_missing,
     )
-    wanted = _labeled(options)
-    pick = (masked, wanted, options.draw, release.counts)
-    choose_labeled(splits.train, groups, *pick)  # a number that is too large is told at once
+    return Plan(cases, groups, masked, splits, _labeled(options), options.draw, release.counts)
 
-    number = len(wanted) if isinstance(wanted, list) else wanted
-    target = Target(target_root, options.d, release.stem, number, options.draw)
-    target.finish_pending()
-    identity = _identity(script, release, options)
-    previous = target.check_free(identity, options.overwrite)
-    used = splits.used()
-    with Workers(options.np) as workers:
-        if previous and _unchanged(previous, [cases[n] for n in used], options.i, target, workers):
-            print(f"{target.folder} is complete already; nothing to do.")
-            return 0
-        if previous:
-            raise UserError(
-                f"{target.folder} was made from other files than those in {options.i} now, or is "
-                f"incomplete. Add --overwrite to replace it, or give another id."
-            )
-        stamps = _convert_cases(script, release, options, [cases[n] for n in used], target, workers)
 
-    kinds = {c: s["dimension"] for c, s in stamps.items()}
-    if len(set(kinds.values())) > 1:
-        flat = [c for c in used if kinds[c] == 2]
-        raise UserError(f"2D images among volumes: {listed(flat)}. Convert them separately.")
-    voxels = {c: s["voxels"] for c, s in stamps.items()}
-    duplicates, dropped = separate_duplicates(splits, groups, masked, voxels)
-    labeled = choose_labeled(splits.train, groups, *pick)
+def _settle(plan: Plan, stamps: Mapping[str, dict]) -> dict[str, Any]:
+    """Settle duplicates and the annotated cases; changes `plan`.
+
+    Returns:
+        Entries of the record.
+    """
+    voxels = {c: stamp["voxels"] for c, stamp in stamps.items()}
+    splits = plan.splits
+    duplicates, dropped = separate_duplicates(splits, plan.groups, plan.masked, voxels)
+    labeled = plan.choose_labeled()
+    kept = set(labeled)
     annotated = {voxels[c] for c in labeled}
-    copies = {c for c in splits.train if c not in set(labeled) and voxels[c] in annotated}
-    dropped += sorted(copies)
-    splits.train = [c for c in splits.train if c not in copies]
-    record = {
-        "format": FORMAT,
-        "name": target.name,
-        **identity,
+    # only a list of the user can part copies here
+    copies = [c for c in splits.train if c not in kept and voxels[c] in annotated]
+    splits.train = [c for c in splits.train if c not in set(copies)]
+    return {
+        "order": splits.train,
+        "groups": {c: plan.groups[c] for c in splits.used()},
+        "splits": {part: getattr(splits, part) for part in PARTS},
+        "labeled": labeled,
+        "unlabeled": [c for c in splits.train if c not in kept],
+        "duplicates": duplicates,
+        "dropped": dropped + copies,
+    }
+
+
+def _provenance(
+    release: Release, options: argparse.Namespace, plan: Plan, stamps: Mapping[str, dict]
+) -> dict[str, Any]:
+    """Entries of the record: where everything comes from."""
+    return {
         "protocol": release.protocol,
         "spacing_known": release.spacing_known,
-        "order": splits.train,
-        "groups": {c: groups[c] for c in splits.used()},
         "counts": release.counts,
-        "splits": {part: getattr(splits, part) for part in PARTS},
-        "list": splits.list_name,
-        "heldout": str(target.heldout),
-        "labeled": labeled,
-        "unlabeled": [c for c in splits.train if c not in set(labeled)],
+        "list": plan.splits.list_name,
         "draw": options.draw,
-        "missing": splits.missing,
-        "unused": [c for c in cases if c not in set(used)],
-        "duplicates": duplicates,
-        "dropped": dropped,
-        "sources": {c: _source(cases[c], stamps[c]["hashes"], options.i) for c in used},
-        "notes": {c: stamps[c]["notes"] for c in used if stamps[c]["notes"]},
+        "missing": plan.splits.missing,
+        "unused": [c for c in plan.cases if c not in stamps],
+        "sources": {c: _source(plan.cases[c], s["hashes"], options.i) for c, s in stamps.items()},
+        "notes": {c: s["notes"] for c, s in stamps.items() if s["notes"]},
         "source_folder": str(options.i.resolve()),
         "versions": {
             "nnunet_ssl": __version__,
@@ -331,19 +425,6 @@ def convert(script: Any, argv: Sequence[str]) -> int:
             "python": platform.python_version(),
         },
     }
-    dataset_json = {
-        "name": target.name,
-        **release.about,
-        "channel_names": {str(i): name for i, name in enumerate(release.channels)},
-        "labels": dict(release.labels),
-        "numTraining": len(labeled),
-        "file_ending": ENDING,
-    }
-    tables = {c: cases[c].table for c in splits.train}
-    target.place(record, dataset_json, tables, len(release.channels), masked)
-    target.publish()
-    print(_summary(target, record, release, stamps))
-    return 0
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -355,6 +436,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--draw {options.draw} has no effect without --labeled N. Add it.")
     if not options.i.exists():
         raise UserError(f"{options.i} does not exist. Give the original download with -i.")
+    if options.i.is_file() and options.i.suffix.lower() not in TABLES:
+        raise UserError(f"{options.i} is no folder. Unpack it, and give the folder with -i.")
     if options.i.is_dir() and not files_below(options.i):
         raise UserError(f"{options.i} is empty. Give the unpacked original download with -i.")
 
@@ -383,23 +466,25 @@ def _index(cases: Iterable[Case]) -> dict[str, Case]:
     return index
 
 
-def _identity(script: Any, release: Release, options: argparse.Namespace) -> dict[str, Any]:
+def _identity(
+    script: Any, release: Release, options: argparse.Namespace, plan: Plan
+) -> dict[str, Any]:
     """What the result depends on, besides the source files; lists count by content."""
     settings: dict[str, Any] = {}
     for key, value in sorted(vars(options).items()):
         if key in RUNNING:
             continue
-        path = (
-            Path(value) if isinstance(value, Path) or (key in ("list", "test") and value) else None
-        )
-        if path and path.is_file():
-            value = {"file": path.name, "sha256": hash_source(path)}
-        settings[key] = str(value) if isinstance(value, Path) else value
+        if key in LISTS and value is not None:
+            number = str(value).isdigit()
+            path = Path(value)
+            value = int(value) if number else {"file": path.name, "sha256": hash_source(path)}
+        settings[key] = value
     return {
         "data_set": script.__name__.rpartition(".")[2],
         "options": settings,
         "labels": dict(release.labels),
         "channels": list(release.channels),
+        "plan": plan.digest(),
     }
 
 
@@ -451,8 +536,9 @@ def _summary(
         f"  order: {record['list']}; training {count(splits['train'])}, validation "
         f"{count(splits['val'])}, test {count(splits['test'])}",
         f"  with masks {count(record['labeled'])}, without {count(record['unlabeled'])}",
-        f"  held out (validation, test, hidden masks): {target.heldout}",
     ]
+    if splits["val"] or splits["test"] or record["unlabeled"]:
+        lines.append(f"  held out (validation, test, hidden masks): {target.heldout}")
     annotated = {c: s["label_voxels"] for c, s in stamps.items() if s["label_voxels"]}
     empty = [c for c, voxels in annotated.items() if not sum(voxels.values()) - voxels.get("0", 0)]
     absent = [
@@ -464,7 +550,7 @@ def _summary(
         "named by the list but not in the source": record["missing"],
         "in the source but in no list, not converted": record["unused"],
         "images with equal voxels": [" = ".join(cases) for cases in record["duplicates"]],
-        "of these left out, to keep copies on one side": record["dropped"],
+        "left out, so that copies and what belongs to them stay on one side": record["dropped"],
         "masks without foreground": empty,
         "labels that no mask holds": absent,
     }

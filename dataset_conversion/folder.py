@@ -383,11 +383,16 @@ def _labels(
     if found:
         return dict(found), None
     masks = [c.mask for c in cases if c.mask is not None]
+    if not masks:
+        raise UserError(
+            "No scan has a mask; some need one. Say which files are the masks: --masks PATTERN or, "
+            "in a table, the column mask."
+        )
     values: set[float] = set()
     for mask in masks[:3]:
         image = _one_component(mask)
         values.update(np.unique(sitk.GetArrayViewFromImage(image)).tolist())
-    told = listed([f"{v:g}" for v in sorted(values)]) or "nothing"
+    told = listed([f"{v:g}" for v in sorted(values)])
     example = " ".join(f"name{i}={v:g}" for i, v in enumerate(sorted(values - {0}), start=1))
     raise UserError(
         f"--labels is missing: name the values of the masks. The first masks hold {told}. E.g. "

@@ -52,7 +52,8 @@ def choose_splits(
     Args:
         groups: every case of the source -> its group, in the order of the release.
         masked: cases that have a mask.
-        published: lists of `train`, `val`, `test`; None: all cases train, in the given order.
+        published: lists of `train`, `val`, `test`, which name cases or groups, as those of the
+            user do; None: all cases train, in the given order.
         list_name: where `published` or the order comes from.
         withdrawn: cases that published lists name and current releases lack.
         list_file: replaces the training list, or the order.
@@ -64,14 +65,17 @@ def choose_splits(
     """
     if not groups:
         raise UserError("The source holds no case. Check -i.")
-    wanted = {k: list((published or {}).get(k, [])) for k in PARTS}
+    wanted = {k: name_cases((published or {}).get(k, []), groups) for k in PARTS}
     if published is None:
         wanted["train"] = list(groups)
     if list_file:
-        wanted["train"] = read_list(list_file)
-        list_name = f"{list_file.name}, {list_name}" if published else list_file.name
-    if test and not test.isdigit():
-        wanted["test"] = read_list(Path(test))
+        wanted["train"] = name_cases(read_list(list_file), groups)
+        others = wanted["val"] or wanted["test"]  # published, and still in use
+        list_name = f"{list_file.name}, {list_name}" if others else list_file.name
+    if test and test.isdigit():
+        wanted["test"] = []
+    elif test:
+        wanted["test"] = name_cases(read_list(Path(test)), groups)
         list_name += f", test: {Path(test).name}"
         if not list_file:  # they leave the order
             wanted["train"] = [c for c in wanted["train"] if c not in set(wanted["test"])]
@@ -135,6 +139,13 @@ def by_group(order: Iterable[str], groups: Mapping[str, str]) -> dict[str, list[
     return members
 
 
+def name_cases(names: Iterable[str], groups: Mapping[str, str]) -> list[str]:
+    """Replace names of groups by their cases; names of cases, and unknown ones, stay."""
+    members = by_group(groups, groups)
+    found = [c for n in names for c in ([n] if n in groups else members.get(n, [n]))]
+    return list(dict.fromkeys(found))
+
+
 def by_hash(names: Iterable[str]) -> list[str]:
     """Order names by their hash: as if drawn at random, and alike in every part of a data set."""
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -154,7 +165,7 @@ def choose_labeled(
         order: training cases in published order.
         groups: case -> group; groups stay whole.
         masked: cases that have a mask; groups without any do not count.
-        labeled: how many, or which cases; None: all.
+        labeled: how many, or which cases or groups, also parts of groups; None: all.
         draw: 0 keeps the order, another number is the seed of a shuffle of the groups.
         counts: `groups`, or `images`: whole groups until the next would exceed the number.
 
@@ -166,13 +177,14 @@ def choose_labeled(
     if not names:
         raise UserError("No training case has a mask; at least one is needed. Check the masks.")
     if labeled is not None and not isinstance(labeled, int):
-        absent = [c for c in labeled if c not in order or c not in masked]
+        chosen = name_cases(labeled, {c: groups[c] for cases in members.values() for c in cases})
+        absent = [c for c in chosen if c not in order or c not in masked]
         if absent:
             raise UserError(
                 f"--labeled names {len(absent)} case(s) that are no annotated training case: "
                 f"{listed(absent)}. Correct the list."
             )
-        return list(labeled)
+        return chosen
     if draw:
         random.Random(draw).shuffle(names)
     if labeled is None:
@@ -185,7 +197,7 @@ def choose_labeled(
         )
     if counts == "groups":
         return [c for name in names[:labeled] for c in members[name]]
-    chosen: list[str] = []
+    chosen = []
     for name in names:
         if len(chosen) + len(members[name]) > labeled:
             break
@@ -203,32 +215,32 @@ def separate_duplicates(
 ) -> tuple[list[list[str]], list[str]]:
     """Keep images with equal voxels on one side; changes `splits` and `groups`.
 
-    Copies of test images leave training and validation, copies of validation images leave
-    training. Copies within the training set become one group; of two copies of which one has a
-    mask, only that one stays.
+    Groups that share an image become one group, since a copy shows that they are one patient. Where
+    such a group has test cases, its cases for training and validation are dropped; where it has
+    validation cases, those for training. Of training copies of which one has a mask, those without
+    are dropped.
 
     Returns:
         The copies, a list of names each; and the cases that were dropped.
     """
+    part_of = {c: k for k in reversed(PARTS) for c in getattr(splits, k)}  # test, val, train
     same: dict[str, list[str]] = {}
-    for case in [*splits.test, *splits.val, *splits.train]:
+    for case in part_of:
         same.setdefault(voxels[case], []).append(case)
     duplicates = [cases for cases in same.values() if len(cases) > 1]
-    part_of = {c: k for k in PARTS for c in getattr(splits, k)}
-    dropped = []
     for cases in duplicates:
-        first = part_of[cases[0]]
-        stay = [c for c in cases if part_of[c] == first]
-        if first == "train" and any(c in masked for c in stay):
-            stay = [c for c in stay if c in masked]
-        dropped += [c for c in cases if c not in stay]
-        if first == "train":
-            merged = {groups[c] for c in stay}
-            groups.update({c: groups[stay[0]] for c in groups if groups[c] in merged})
-    gone = set(dropped)
+        joined = {groups[c] for c in cases}
+        groups.update({c: groups[cases[0]] for c in groups if groups[c] in joined})
+    home: dict[str, str] = {}
+    for case, part in part_of.items():
+        home.setdefault(groups[case], part)
+    gone = {c for c, part in part_of.items() if part != home[groups[c]]}
+    for cases in duplicates:
+        if part_of[cases[0]] == "train" and any(c in masked for c in cases):
+            gone |= {c for c in cases if c not in masked}
     for part in PARTS:
         setattr(splits, part, [c for c in getattr(splits, part) if c not in gone])
-    return duplicates, dropped
+    return duplicates, [c for c in part_of if c in gone]
 
 
 def count_groups(cases: Iterable[str], groups: Mapping[str, str]) -> int:

@@ -1,11 +1,13 @@
 """Where a converted data set lives, how it gets there, and what must not be overwritten."""
 
 import csv
+import fcntl
 import io
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,34 @@ class Target:
         """Where it is told that a case is done."""
         return self.hidden_part / "stamps" / f"{case}.json"
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other conversions with this id out; a run that is killed leaves no lock.
+
+        Raises:
+            UserError: another one is running, or nnUNet_raw is not writable.
+        """
+        path = self.folder.parent / f".convert_{self.id:03d}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise UserError(explain_os_error(error, path)) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"Another conversion to id {self.id} is running. Wait for it, or give another "
+                    f"id with -d."
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
     def check_free(self, identity: Mapping[str, Any], overwrite: bool) -> dict | None:
         """Look at what has this id already.
 
@@ -97,7 +127,8 @@ class Target:
         if record and changed:
             before, now = ({**i, **i.get("options", {})} for i in (record, identity))
             keys = [k for k in now if k != "options" and before.get(k) != now[k]] or changed
-            told = ", ".join(f"{k} = {before.get(k)}" for k in keys)
+            told = ", ".join(f"{k} = {before.get(k)}" for k in keys if k != "plan")
+            told = told or "other cases, groups, lists or numbers per case"
             raise UserError(f"{self.folder} exists and was made with {told}. {fix}")
         return record
 
@@ -168,6 +199,10 @@ class Target:
                     os.replace(part / "new", final)
         except OSError as error:
             raise UserError(explain_os_error(error, error.filename or self.folder)) from error
+        self.remove_parts()
+
+    def remove_parts(self) -> None:
+        """Remove what finished or stopped runs left."""
         for part in (self.hidden_part, self.part):
             shutil.rmtree(part, ignore_errors=True)
 

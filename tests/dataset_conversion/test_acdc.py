@@ -166,6 +166,16 @@ def test_user_list(small, raw_root, tmp_path):
     ]
 
 
+def test_lists_of_patients(small, raw_root, tmp_path):
+    for name, patient in (("list.txt", TRAIN[1]), ("test.txt", TRAIN[0])):
+        (tmp_path / name).write_text(f"{patient}\n")
+    lists = ("--list", tmp_path / "list.txt", "--test", tmp_path / "test.txt")
+    run(small, *lists, "--allow-missing")
+    splits = record(raw_root, "Dataset005_ACDC")["splits"]
+    for part, patient in (("train", TRAIN[1]), ("test", TRAIN[0])):
+        assert splits[part] == [f"{patient}_frame01", f"{patient}_frame12"]
+
+
 def test_absent_patients_are_named(small, raw_root):
     with pytest.raises(UserError, match=rf"98 case\(s\).*{TRAIN[2]}.*--allow-missing"):
         run(small)

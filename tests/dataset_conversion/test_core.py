@@ -146,6 +146,33 @@ def test_patients_on_both_sides_and_blind_tests_are_refused():
         selection.choose_splits(groups, {"a", "b"}, {"train": ["a"], "test": ["c"]}, "list")
 
 
+def test_own_test_set_replaces_the_published_one(tmp_path):
+    groups = {c: c for c in "abcd"}
+    published = {"train": list("abcd"), "val": [], "test": ["absent"]}
+    splits = selection.choose_splits(groups, groups, published, "list", test="1")
+    assert (splits.train, splits.test, splits.missing) == (["a", "b", "c"], ["d"], [])
+
+
+def test_lists_may_name_groups(tmp_path):
+    groups = {"a1": "a", "b2": "b", "b1": "b", "c": "c", "d1": "c1", "c1": "d"}
+    (tmp_path / "order.txt").write_text("b\na1\nc1\n")  # c1 is a case, and a group
+    (tmp_path / "test.txt").write_text("c\n")
+    splits = selection.choose_splits(
+        groups,
+        groups,
+        None,
+        "by name",
+        list_file=tmp_path / "order.txt",
+        test=str(tmp_path / "test.txt"),
+    )
+    assert (splits.train, splits.test) == (["b2", "b1", "a1", "c1"], ["c"])
+    assert selection.choose_labeled(splits.train, groups, groups, ["b"], 0) == ["b2", "b1"]
+    masked = {"b1", "a1"}
+    assert selection.choose_labeled(splits.train, groups, masked, ["b", "a1"], 0) == ["b1", "a1"]
+    with pytest.raises(UserError, match="annotated training case: c"):
+        selection.choose_labeled(splits.train, groups, groups, ["c"], 0)
+
+
 def test_withdrawn_cases_are_skipped():
     published = {"train": ["a", "b"], "test": ["c"]}
     groups = {"a": "a", "c": "c"}
@@ -165,6 +192,16 @@ def test_duplicates_stay_on_one_side():
     splits = selection.Splits(["a", "b"])
     found = selection.separate_duplicates(splits, groups, {"b"}, {"a": "1", "b": "1"})
     assert splits.train == ["b"], "the copy without mask goes"
+
+
+def test_copies_take_their_patients_along():
+    """Train b1 is test f; b2 is of b1's patient; val e is b2, so that e and e2 are f's, too."""
+    splits = selection.Splits(["a", "b1", "b2"], ["e", "e2", "g"], ["f"])
+    groups = {"a": "a", "b1": "b", "b2": "b", "e": "e", "e2": "e", "g": "g", "f": "f"}
+    voxels = {c: c for c in groups} | {"b1": "f", "e": "b2"}
+    found = selection.separate_duplicates(splits, groups, set(groups), voxels)
+    assert (splits.train, splits.val, splits.test) == (["a"], ["g"], ["f"])
+    assert sorted(found[1]) == ["b1", "b2", "e", "e2"]
 
 
 # ----------------------------------------------------------------------------- checks and writing
@@ -322,6 +359,8 @@ def test_places_and_record(script, source, raw_root, heldout, capsys):
         "label": "a_mask.nrrd",
         "label_sha256": reading.hash_source(source / "a_mask.nrrd"),
     }
+    told = {"labeled": 2, "draw": 0, "list": None, "test": None, "allow_missing": False}
+    assert record["options"] == told
     assert record["notes"]["a"] == {"n": 1} and record["heldout"] == str(hidden)
     assert load(folder / "dataset.json")["numTraining"] == 3
     original = sitk.ReadImage(str(source / "d_mask.nrrd"))
@@ -412,6 +451,44 @@ def test_other_data_are_not_overwritten(script, source, raw_root, tmp_path):
         run(script, source, "--overwrite")
 
 
+def test_changed_lists_and_groups_are_noticed(script, source, raw_root, tmp_path):
+    listed = tmp_path / "labeled.txt"
+    listed.write_text("d\n")
+    run(script, source, "--labeled", listed)
+    listed.write_text("c\n")
+    with pytest.raises(
+        UserError, match=r"1labeled exists and was made with labeled = .*labeled.txt"
+    ):
+        run(script, source, "--labeled", listed)
+    listed.write_text("d\n")
+    assert run(script, source, "--labeled", listed) == 0
+    normal = script.find
+
+    def find(folder, options):
+        release = normal(folder, options)
+        release.cases = [Case(c.name, c.images, c.mask, "p2") for c in release.cases[:4]]
+        release.splits = {"train": SPLITS["train"]}
+        return release
+
+    script.find = find
+    with pytest.raises(UserError, match=r"was made with other cases, groups, lists.*--overwrite"):
+        run(script, source, "--labeled", listed)
+
+
+def test_two_runs_at_once_are_refused(script, source, raw_root):
+    normal, refused = script.read, []
+
+    def read(case, options):
+        with pytest.raises(UserError, match=r"to id 5 is running\. Wait for it.*-d") as caught:
+            run(script, source, "--labeled", 1)
+        refused.append(caught)
+        return normal(case, options)
+
+    script.read = read
+    run(script, source)
+    assert len(refused) == 6 and names(raw_root) == ["Dataset005_Toy"]
+
+
 def test_heldout_must_lie_outside(script, source, raw_root, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(raw_root.parent))
     with pytest.raises(UserError, match="lies inside nnUNet_results; masks there are not hidden"):
@@ -428,6 +505,7 @@ def test_copies_across_splits_and_cases_in_no_list(script, source, raw_root, wri
     assert record["duplicates"] == [["f", "d"]] and record["dropped"] == ["d"]
     assert record["unused"] == ["g"] and "d" not in record["order"]
     told = capsys.readouterr().out
+    assert record["groups"] == {"c": "c", "a": "p1", "b": "p1", "e": "e", "f": "f"}
     assert "f = d" in told and "in no list, not converted: g" in told
 
 
@@ -483,6 +561,9 @@ def test_empty_source_and_unset_variable(script, source, raw_root, tmp_path, mon
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty is empty"):
         run(script, tmp_path / "empty")
+    (tmp_path / "a.zip").write_text("")
+    with pytest.raises(UserError, match=r"a.zip is no folder. Unpack it"):
+        run(script, tmp_path / "a.zip")
     monkeypatch.delenv("nnUNet_raw")
     with pytest.raises(UserError, match="nnUNet_raw is not set"):
         run(script, source)

@@ -311,6 +311,7 @@ def test_copy_geometry(scans, raw_root, write, make_case):
         (["--images", "img/*.nii.gz", *MRI, *LABELS], r"matches --images 'img/\*.nii.gz'. There"),
         (["--images", "images/p1_a.nii.gz", *MRI, *LABELS], r"has no \*"),
         (["--images", "images/*.nii.gz", *MRI, *LABELS], "No training case has a mask"),
+        (["--images", "images/*.nii.gz", *MRI], r"No scan has a mask.*--masks PATTERN"),
         (
             ["--images", "images/*.nii.gz", "--masks", "masks/*.nii.gz", *MRI, *LABELS],
             r"3 mask.s. belong to no image.*here 'p1_a_seg', in the images 'p1_a'",
