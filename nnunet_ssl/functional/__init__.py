@@ -1,7 +1,8 @@
 """Pure functions on tensors: losses, mixing, selection, ramps, EMA.
 
 All take 2D (B, C, H, W) and 3D (B, C, D, H, W) tensors on any device, work in float32 inside, and
-never wait for the device (`largest_component` and `choose_windows` excepted).
+never wait for the device, except `largest_component`, `choose_windows`, `fit_ellipses`,
+`contour_roughness` and `released_scores`. `ellipses`, `symmetry` and `shape_scores` are 2D only.
 """
 
 from nnunet_ssl.functional.augment import (

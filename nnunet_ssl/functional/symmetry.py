@@ -16,12 +16,12 @@ class Mirror(NamedTuple):
     """Reflection at the long axis of each sample's ellipse.
 
     Attributes:
-        index: (B, 1, H * W) int64, the pixel that each one is reflected to, clamped to the frame.
+        source: (B, 1, H * W) int64, the pixel that each one is reflected to, clamped to the frame.
         inside: (B, 1, H, W) bool, False where that lies outside the patch.
         left: (B, 1, H, W) bool, which side of the axis a pixel is on; those on it are right.
     """
 
-    index: Tensor
+    source: Tensor
     inside: Tensor
     left: Tensor
 
@@ -53,7 +53,7 @@ def mirror_at(ellipses: Ellipses, spatial: Sequence[int]) -> Mirror:
 
 def reflect(t: Tensor, mirror: Mirror) -> Tensor:
     """Return t with each pixel taken from its mirror image, (B, C, H, W); differentiable."""
-    return t.flatten(2).gather(2, mirror.index.expand(-1, t.shape[1], -1)).view(t.shape)
+    return t.flatten(2).gather(2, mirror.source.expand(-1, t.shape[1], -1)).view(t.shape)
 
 
 def half_mirrored(t: Tensor, mirror: Mirror, side: Side) -> Tensor:

@@ -19,12 +19,12 @@ class Moments(NamedTuple):
     Attributes:
         mean: (G, A) float32.
         covariance: (G, A, A) float32, or its diagonal (G, A).
-        count: (G,) float32, voxels behind them; 0 leaves the others without meaning.
+        number: (G,) float32, voxels behind them; 0 leaves the others without meaning.
     """
 
     mean: Tensor
     covariance: Tensor
-    count: Tensor
+    number: Tensor
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def sampled_moments(
         feature: (B, A, *), any precision; one draw of random numbers from its device's generator.
         groups: masks (B, 1, *) bool, one a group; they may overlap.
         most: voxels to draw from each group, without replacement; fewer where it has fewer.
-        least: groups with fewer voxels get count 0.
+        least: groups with fewer voxels get number 0.
         diagonal: only the variances.
 
     Returns:
@@ -69,19 +69,19 @@ def merged_moments(old: Moments, new: Moments, rate: Tensor) -> Moments:
 
     Args:
         old: what is known,
-        new: what is added; groups of count 0 keep what is known.
-        rate: (G,) share of the new voxels, in [0, 1]; counts are added.
+        new: what is added; groups of number 0 keep what is known.
+        rate: (G,) share of the new voxels, in [0, 1]; numbers are added.
 
     Source: recursion of Wang et al. 2019 (ISDA), arXiv:1909.12220, with any rate.
     """
-    rate = torch.where(new.count > 0, rate, 0)[:, None]
+    rate = torch.where(new.number > 0, rate, 0)[:, None]
     gap = old.mean - new.mean
     mean = (1 - rate) * old.mean + rate * new.mean
     full = old.covariance.ndim == 3
     apart = gap[:, :, None] * gap[:, None] if full else gap * gap
     rate = rate[:, None] if full else rate
     covariance = (1 - rate) * old.covariance + rate * new.covariance + rate * (1 - rate) * apart
-    return Moments(mean, covariance, old.count + new.count)
+    return Moments(mean, covariance, old.number + new.number)
 
 
 def class_shift(weight: Tensor, mean_gap: Tensor, covariance: Tensor, strength: float) -> Tensor:

@@ -33,7 +33,7 @@ class ClassMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, new: Moments) -> None:
-        """Move towards the moments of a step; groups of count 0 stay as they are."""
+        """Move towards the moments of a step; groups of number 0 stay as they are."""
         rate = torch.where(self.count > 0, 1 - self.decay, 1.0)
         merged = merged_moments(Moments(self.mean, self.covariance, self.count), new, rate)
         for buffer, value in zip((self.mean, self.covariance, self.count), merged, strict=True):

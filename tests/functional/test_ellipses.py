@@ -83,7 +83,7 @@ def test_refinement_is_the_closed_form_and_nearly_idempotent():
     assert torch.equal(raised[d > 1], (prob * torch.exp(-0.5 * (d - 1)))[d > 1])
     inside = torch.maximum(prob, (0.6 + (1 - d) ** 2).clamp_max(1))
     assert torch.equal(raised[d <= 1], inside[d <= 1])
-    assert 0 <= raised.min() and raised.max() <= 1
+    assert raised.min() >= 0 and raised.max() <= 1
     mask = refined((soft(HEAD) + 0.08 * torch.randn(1, 1, *SHAPE)).clamp(0, 1))[3]
     _, _, _, again = refined(mask.float())
     assert (again ^ mask).sum() < 0.01 * mask.sum()

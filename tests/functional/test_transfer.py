@@ -115,7 +115,7 @@ def test_the_bound_is_tight_for_small_strength():
 
 
 def test_common_rows_and_the_order_of_classes_do_not_matter():
-    weight, bias, gap, cov, _, feature, label = problem()
+    weight, _, gap, cov, *_ = problem()
     table = class_shift(weight, gap, cov, 0.5)
     assert torch.allclose(class_shift(weight + torch.randn(A), gap, cov, 0.5), table, atol=1e-4)
     order = torch.tensor([2, 0, 3, 1])
@@ -238,8 +238,8 @@ def test_moments_of_all_voxels(spatial, diagonal):
         cov = torch.cov(x.T, correction=0)
         assert torch.allclose(found.mean[k], x.mean(0), atol=1e-5)
         assert torch.allclose(found.covariance[k], cov.diag() if diagonal else cov, atol=1e-5)
-        assert found.count[k] == len(x)
-    assert found.count[3] == 0 and torch.isfinite(found.covariance).all()
+        assert found.number[k] == len(x)
+    assert found.number[3] == 0 and torch.isfinite(found.covariance).all()
 
 
 def test_moments_draw_as_many_as_allowed_and_leave_out_small_groups():
@@ -247,7 +247,7 @@ def test_moments_draw_as_many_as_allowed_and_leave_out_small_groups():
     feature = torch.arange(1000.0).view(1, 1, 10, 100)
     large, small = feature >= 500, feature >= 990
     runs = [sampled_moments(feature, [large, small], 100, 32) for _ in range(40)]
-    assert all(r.count.tolist() == [100, 0] for r in runs)
+    assert all(r.number.tolist() == [100, 0] for r in runs)
     means = torch.stack([r.mean[0, 0] for r in runs])
     assert means.min() >= 500 and means.std() > 1
     assert means.mean().item() == pytest.approx(749.5, abs=10)
@@ -272,7 +272,7 @@ def test_merging_by_numbers_is_exact(diagonal):
     known = moments(x[:50])
     for start, stop in ((50, 60), (60, 200), (200, 300)):
         new = moments(x[start:stop])
-        known = merged_moments(known, new, new.count / (known.count + new.count))
+        known = merged_moments(known, new, new.number / (known.number + new.number))
     expected = moments(x)
     for a, b in zip(known, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -4,12 +4,21 @@ Tensors on the meta device have no values, so whatever reads one (`.item()`, `if
 `mask.nonzero()`) fails there; on CUDA PyTorch itself reports waiting.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from nnunet_ssl import functional as f
-from nnunet_ssl.modules import ClassBrake, ClassThresholds, class_shares
+from nnunet_ssl.modules import (
+    ClassBrake,
+    ClassMoments,
+    ClassThresholds,
+    ScoreMemory,
+    TokenClusters,
+    class_shares,
+)
 
 
 def run_everything(device, spatial):
@@ -74,17 +83,61 @@ def run_everything(device, spatial):
         brake.value(), brake.oversegmented()
 
 
+def run_transfer(device, spatial):
+    x = torch.zeros(2, 4, *spatial, device=device)
+    mask = torch.zeros(2, 1, *spatial, device=device, dtype=torch.bool)
+    with torch.device(device):
+        memory, clusters = ClassMoments(3, 4), TokenClusters(4, 3)
+    memory.update(f.sampled_moments(x, [mask] * 3, 50, 8))
+    table = f.class_shift(torch.zeros(3, 4, device=device), memory.mean, memory.covariance, 0.5)
+    f.expected_ce(x[:, :3], mask.long(), table, mask, balanced=True)
+    gap, cov = torch.zeros(4, 2, 4, device=device), torch.zeros(4, 2, 4, 4, device=device)
+    table = f.region_shift(torch.zeros(4, 4, device=device), gap, cov, 0.5)
+    f.expected_ce(x, x > 0, table, mask, regions=True)
+    places = x.flatten(2).transpose(1, 2)
+    affinities = f.affinity(places, 2.0)
+    f.clustering_loss(affinities, clusters(places, affinities))
+
+
+def run_shapes(device):
+    prob = torch.zeros(5, 1, 16, 16, device=device)
+    valid = prob > 0
+    pairs = (torch.zeros(5, 2, device=device) for _ in range(3))
+    ellipses = f.Ellipses(*pairs, valid[:, 0, 0, 0])
+    soft, mask = f.refine_by_ellipse(prob, f.ellipse_distance(ellipses, (16, 16)), 0.6)
+    mirror = f.mirror_at(ellipses, (16, 16))
+    f.mirrored_image(prob.expand(-1, 2, -1, -1), mask, mirror, "left", True)
+    f.sample_mse(soft, f.half_mirrored(soft, mirror, "right"), valid)
+    f.mirror_mse(soft, mirror, valid)
+    f.boundary_excess(prob, valid)
+    with torch.device(device):
+        memory = ScoreMemory(4)
+    scores = torch.zeros(5, 2, device=device)
+    memory.update(scores)
+    settings = {"keep": 0.5, "min_keep": 0.8, "share": 0.5, "ranked": True}
+    f.select_best(scores, memory.scores, memory.seen(), **settings)
+
+
 @pytest.mark.parametrize("spatial", [(16, 16), (8, 16, 16)])
-def test_no_value_is_read_on_the_host(spatial):
+def test_no_value_is_read_on_the_host(spatial, monkeypatch):
     run_everything("meta", spatial)
+    # there is no autocast of the meta device, not even one to switch off
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    run_transfer("meta", spatial)
+    run_shapes("meta")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spatial", [(16, 16), (8, 16, 16)])
 def test_cuda_is_never_waited_for(spatial):
-    run_everything("cuda", spatial)  # first use of a kernel may wait
+    def run():
+        run_everything("cuda", spatial)
+        run_transfer("cuda", spatial)
+        run_shapes("cuda")
+
+    run()  # first use of a kernel may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run_everything("cuda", spatial)
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
