@@ -25,9 +25,9 @@ from 0064. Scans 0025 and 0070 were withdrawn from TCIA: they are reported and s
 and 19 remain; 0070 is the 11th of MC-Net's 12 labeled ones. Scans are called image0001, ...
 
 Examples:
-  nnunet_ssl convert PancreasCT -i download -d 40 --labeled 12
-  nnunet_ssl convert PancreasCT -i download -d 41 --labeled 12 --protocol cropped-literature
-  nnunet_ssl convert PancreasCT -i Pancreas_h5 -d 42 --labeled 6
+  nnunet_ssl convert PancreasCT -i download -d 47 --labeled 12
+  nnunet_ssl convert PancreasCT -i download -d 48 --labeled 12 --protocol cropped-literature
+  nnunet_ssl convert PancreasCT -i Pancreas_h5 -d 49 --labeled 6
 
 Source: Roth et al. 2016, doi:10.7937/K9/TCIA.2016.tNB1kqBU (CC BY 3.0); Wu et al. 2021 (MC-Net),
 arXiv:2103.02911; Shi et al. 2021 (CoraNet), arXiv:2110.08762

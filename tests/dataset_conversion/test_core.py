@@ -1,5 +1,6 @@
 """The shared part: selection, checks, writing, restart, refusals."""
 
+import contextlib
 import csv
 import gzip
 import json
@@ -370,7 +371,7 @@ def test_places_and_record(script, source, raw_root, heldout, capsys):
     assert "plan_and_preprocess -d 5 -c 2d 3d_fullres" in capsys.readouterr().out
 
 
-def test_interrupted_run_goes_on_where_it_stopped(script, source, raw_root, heldout, monkeypatch):
+def test_interrupted_run_goes_on_where_it_stopped(script, source, raw_root, heldout):
     normal = script.read
 
     def interrupted(case, options):
@@ -384,28 +385,53 @@ def test_interrupted_run_goes_on_where_it_stopped(script, source, raw_root, held
     assert [p.name for p in raw_root.iterdir()] == [".Dataset005_Toy.part"]
     script.read = normal
     first, script.reads[:] = list(script.reads), []
-    monkeypatch.setattr(os, "replace", fail_at(os.replace, raw_root / "Dataset005_Toy"))
-    with pytest.raises(KeyboardInterrupt):  # stopped again, between the last steps
-        run(script, source)
-    monkeypatch.undo()
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, str(raw_root.parent / name))
-    monkeypatch.setitem(sys.modules, "toy_script", script)
+    run(script, source)
     assert not set(first) & set(script.reads) and len(first) + len(script.reads) == 6
-    script.reads.clear()
-    assert run(script, source) == 0
-    assert script.reads == []
     assert len(names(raw_root / "Dataset005_Toy" / "imagesTr")) == 4
     assert len(names(heldout / "Dataset005_Toy" / "test_labels")) == 1
 
 
-def fail_at(replace, final):
-    def replacing(source, place):
-        if Path(place) == final:
-            raise KeyboardInterrupt
-        replace(source, place)
+class Stop:
+    """Stops the program at a step of `target` that changes files; half of a folder is gone then."""
 
-    return replacing
+    def __init__(self, monkeypatch, step):
+        self.left = step
+        for module, name in ((target.shutil, "move"), (target.shutil, "rmtree"), (os, "replace")):
+            monkeypatch.setattr(module, name, self.wrap(getattr(module, name)))
+
+    def wrap(self, normal):
+        def step(path, *args, **kwargs):
+            self.left -= 1
+            if self.left < 0:
+                found = [p for p in Path(path).rglob("*") if p.is_file()]
+                for file in found[::2] if normal.__name__ == "rmtree" else []:
+                    file.unlink()
+                raise KeyboardInterrupt
+            return normal(path, *args, **kwargs)
+
+        return step
+
+
+@pytest.mark.parametrize("step", [0, 9, 18, *range(21, 31)])
+def test_stopped_at_any_step_of_replacing(script, source, raw_root, heldout, tmp_path, step):
+    run(script, source)
+    (tmp_path / "order.txt").write_text("d\na\n")
+    new = ("--list", tmp_path / "order.txt", "--overwrite")
+    with pytest.MonkeyPatch.context() as patch:
+        stop = Stop(patch, step)
+        with contextlib.suppress(KeyboardInterrupt):
+            run(script, source, *new)
+    assert stop.left < 0, "there are fewer steps"
+    # no mask but those of annotated cases is where nnU-Net looks
+    folder = raw_root / "Dataset005_Toy"
+    masks = {p.name[0] for p in raw_root.rglob("*.nii.gz") if not p.name.endswith("_0000.nii.gz")}
+    assert masks <= set("acdb")
+    assert run(script, source, *new) == 0
+    assert names(folder / "labelsTr") == ["a.nii.gz", "d.nii.gz"]
+    assert names(heldout / folder.name / "test_labels") == ["f.nii.gz"]
+    assert load(folder / "conversion.json")["unused"] == ["b", "c"]
+    assert names(raw_root) == names(heldout) == ["Dataset005_Toy"]
+    assert run(script, source, *new[:2]) == 0, "complete"
 
 
 def test_changed_source_is_converted_again(script, source, raw_root, write, make_case):
@@ -587,6 +613,8 @@ def test_command_lists_scripts(capsys):
     told = capsys.readouterr().out
     for name, text in scripts().items():
         assert name in told and text and text in told
+    table = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    assert [n for n in scripts() if n != "folder" and f"`convert {n} -i " not in table] == []
     with pytest.raises(UserError, match=r"no conversion 'XYZ'.*MSD.*folder"):
         main(["XYZ"])
 

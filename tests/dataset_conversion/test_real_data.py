@@ -109,6 +109,7 @@ def test_acdc(tmp_path, raw_root):
         np.testing.assert_array_equal(sitk.GetArrayFromImage(mask), file["label"])
 
 
+@pytest.mark.slow
 def test_hippocampus(tmp_path, raw_root):
     source = release("hippocampus", tmp_path)
     options = ("--list", source / "train.list", "--labeled", 10)
