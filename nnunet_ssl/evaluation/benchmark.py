@@ -30,6 +30,7 @@ from nnunet_ssl.evaluation.runner import (
     locked,
     print_table,
     run_cells,
+    warn_of_shared_cores,
     write_task,
 )
 from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, count, read_spec
@@ -119,6 +120,8 @@ def run_benchmark(
         return 0
     if launcher == "local" and not has_device(checked.device):
         raise checked.error("device", f"{checked.device}, but none is found here. Set cpu.")
+    if launcher == "local":
+        warn_of_shared_cores(workers, checked.device)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         where: Launcher = (
@@ -202,10 +205,17 @@ def read_data(spec: Spec) -> Data:
         for case in test:
             if not (labels / f"{case}{raw.file_ending}").is_file():
                 raise UserError(f"{labels / (case + raw.file_ending)} is missing. Add the mask.")
+        for mask in labels.glob(f"*{raw.file_ending}"):
+            case = mask.name.removesuffix(raw.file_ending)
+            if case not in test and not case.startswith("."):
+                raise UserError(f"{mask} has no image in {images}. Add it, or move the mask away.")
     else:
         test = {case: raw.labeled[case] for case in names}
     data = Data(raw, training, test, groups, images, labels)
-    for budget in (count(amount, data.count()) for amount in spec.labeled):
+    budgets = [count(amount, data.count()) for amount in spec.labeled]
+    for budget in budgets:
+        if budgets.count(budget) > 1:
+            raise spec.error("labeled", f"names {budget} twice, as number or share. Remove one.")
         if budget >= data.count():
             raise spec.error(
                 "labeled",
@@ -432,11 +442,10 @@ def cell_task(
     pseudo_labels = None
     if hidden and cell.role in ("method", "twin"):
         held = folder / "pseudo_labels" / dataset_place
-        percents = [f"{100 * fraction:g}" for fraction in PSEUDO_LABELS_AT]
-        checkpoints = {percent: f"checkpoint_at_{percent}.pth" for percent in percents}
+        checkpoints = {at: f"checkpoint_at_{100 * at:g}.pth" for at in PSEUDO_LABELS_AT}
         moments = []
-        for progress, checkpoint in {**checkpoints, "100": "checkpoint_final.pth"}.items():
-            output = place / "pseudo_labels" / f"at_{progress}"
+        for progress, checkpoint in {**checkpoints, 1.0: "checkpoint_final.pth"}.items():
+            output = place / "pseudo_labels" / f"at_{100 * progress:g}"
             moments.append(
                 {
                     "progress": progress,
@@ -536,4 +545,5 @@ def describe(spec: Spec, data: Data, folder: Path) -> dict[str, Any]:
             for name, p in (("images", images), ("labels", labels))
         },
         "units": "draws and seeds",
+        "budget_unit": "group" if data.groups else "case",
     }

@@ -208,6 +208,16 @@ def has_device(device: str) -> bool:
     return device != "cuda" or torch.cuda.is_available()
 
 
+def warn_of_shared_cores(workers: int, device: str) -> None:
+    """Say that trainings on a CPU get into each other's way."""
+    if device == "cpu" and workers > 1:
+        print(
+            f"NOTE: nnU-Net lets each training on a CPU use all cores. {workers} at a time make "
+            f"each other many times slower; --workers 1 ends sooner.",
+            flush=True,
+        )
+
+
 def run_cells(
     folder: Path,
     head: Mapping[str, Any],

@@ -58,7 +58,9 @@ def run_fake(command: list[str], environment: dict[str, str]) -> None:
         name = f"{option(command, '-tr')}__{option(command, '-p')}__{configuration}"
         model = Path(environment["nnUNet_results"]) / dataset(raw, number).name / name
         (model / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
-        (model / "plans.json").write_text(json.dumps(PLANS))
+        base = Path(environment["nnUNet_preprocessed"]) / dataset(raw, number).name
+        shutil.copy(base / f"{option(command, '-p')}.json", model / "plans.json")
+        shutil.copy(dataset(raw, number) / "dataset.json", model)
         if option(command, "-tr") != "nnUNetTrainer":
             lines = [json.dumps(EPOCH | {"epoch": k, "progress": (k + 1) / 2}) for k in range(2)]
             (model / f"fold_{fold}" / "ssl_log.jsonl").write_text("\n".join(lines) + "\n")
