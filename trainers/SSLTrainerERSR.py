@@ -56,8 +56,8 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
            teacher <- 0.99 teacher + 0.01 student
            lambda = exp(-5 (1 - t)^2),  r = 0.5 + 0.5 exp(-5 (1 - t)^2),  t in stage 2
 
-    Deviates: the released contour score is an artefact of zeros around the image, and its rank
-    correlation with the error is negative; scores of any scale and place instead, added as ranks
+    Deviates: the released contour score is ruled by zeros around the image and says next to
+    nothing about the error; scores of any scale and place instead, added as ranks
     (`score=released` is the published form, `score=residual` the distance to the ellipse itself).
     They are compared with the latest 512 samples, not with those of the epoch. A sample without an
     ellipse, as of an empty mask, has no weight; the released one teaches "no head". Points on the
