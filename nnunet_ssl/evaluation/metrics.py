@@ -12,7 +12,6 @@ from scipy.spatial import cKDTree
 
 OVERLAPS = ("dice", "jaccard")
 DISTANCES = ("hd95", "assd", "asd")
-METRICS = (*OVERLAPS, *DISTANCES, "nsd")
 
 # (metric, unit) -> value, None where it is not defined
 Scores = dict[tuple[str, str], float | None]

@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from medpy.metric import binary
 from scipy.ndimage import gaussian_filter
 
-from nnunet_ssl.evaluation.metrics import METRICS, score_masks
+from nnunet_ssl.evaluation.metrics import DISTANCES, OVERLAPS, score_masks
 
 HIPPOCAMPUS = (
     Path(__file__).parents[3] / "shared" / "data" / "hippocampus" / "Task04_Hippocampus/labelsTr"
@@ -110,7 +110,8 @@ def test_every_metric_equals_naive_loops(shape):
     }
     scores = score_masks(first, second, {"mm": spacing}, tolerance=1)
     assert {
-        name: scores[name, "" if name in ("dice", "jaccard") else "mm"] for name in METRICS
+        name: scores[name, "" if name in OVERLAPS else "mm"]
+        for name in (*OVERLAPS, *DISTANCES, "nsd")
     } == (pytest.approx(expected))
 
 
