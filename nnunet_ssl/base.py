@@ -131,6 +131,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     needs_teacher: ClassVar[bool] = False
     needs_unet: ClassVar[bool] = False  # taps features, or builds the other architecture
     twin: ClassVar[str] = "SSLTrainerSupervised"  # with the settings that make it comparable
+    pretraining: ClassVar[str] = ""  # trainer that this one is meant to start from, if any
     views: ClassVar[tuple[str, ...]] = ()  # further views of unlabelled patches, see data.views
     meta: ClassVar[tuple[str, ...]] = ()  # values per sample, see data.loader.META
     step_cost: ClassVar[float] = 1.0  # in steps of the supervised twin

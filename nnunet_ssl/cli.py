@@ -193,9 +193,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("fold", help="0 to 4, or all: train on every annotated case")
     sub.add_argument(
         "-pre",
-        default="SSLTrainerSPCLPretrain",
         metavar="NAME",
-        help="trainer of the first stage, with settings if wanted (%(default)s)",
+        help="trainer of the first stage, with settings if wanted (SSLTrainerSPCLPretrain, with "
+        "the settings of -tr that it knows)",
     )
     sub.add_argument(
         "-tr",
@@ -458,16 +458,17 @@ def run_spcl(args: argparse.Namespace) -> None:
     """Run both stages, print the command that predicts."""
     trainer = prepare(args)
     from nnunet_ssl.estimate import estimate
-    from nnunet_ssl.two_stages import train_in_two_stages
+    from nnunet_ssl.two_stages import train_in_two_stages, with_settings_of
 
+    first = args.pre or with_settings_of(args.tr, "SSLTrainerSPCLPretrain")
     place = args.dataset, args.configuration, args.p
-    for name in (args.pre, args.tr):
+    for name in (first, args.tr):
         print(f"{name}: {estimate(*place, name, args.device)}", flush=True)
     train_in_two_stages(
         args.dataset,
         args.configuration,
         args.fold,
-        first=args.pre,
+        first=first,
         second=args.tr,
         plans=args.p,
         device=args.device,

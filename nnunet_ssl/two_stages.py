@@ -15,7 +15,22 @@ from nnunet_ssl.io import explain_os_error
 from nnunet_ssl.naming import resolve
 
 FINAL = "checkpoint_final.pth"
+# settings that mean something else in the first stage, or nothing
+NOT_SHARED = {"initial_lr", "weight_decay", "keep_at", "ema_decay", "deploy"}
 LOG = "command.log"
+
+
+def with_settings_of(trainer: str, first: str) -> str:
+    """Give a first stage those settings in the name of a trainer that it knows as well."""
+    known = set(resolve(first).settings()) - NOT_SHARED  # type: ignore[attr-defined]
+    pairs = [pair for pair in trainer.split("+")[1:] if pair.partition("=")[0] in known]
+    return "+".join([first, *pairs])
+
+
+def pretraining_of(trainer: str) -> str | None:
+    """Return the trainer, with settings, that one is meant to start from, if there is any."""
+    first = resolve(trainer).pretraining  # type: ignore[attr-defined]
+    return with_settings_of(trainer, first) if first else None
 
 
 def train_in_two_stages(

@@ -8,7 +8,7 @@ import torch
 from nnunet_ssl import cli, estimate, two_stages
 from nnunet_ssl.doctor import VARIABLE, trainer_path
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.two_stages import train_in_two_stages
+from nnunet_ssl.two_stages import pretraining_of, train_in_two_stages
 
 FIRST, SECOND = "SSLTrainerSPCLPretrain+num_epochs=2", "SSLTrainerSPCL+seed=1"
 
@@ -80,6 +80,22 @@ def test_any_trainer_with_one_network_may_follow(ran):
     assert not ran
 
 
+@pytest.mark.parametrize(
+    ("trainer", "first"),
+    [
+        ("SSLTrainerSPCL", "SSLTrainerSPCLPretrain"),
+        (
+            "SSLTrainerSPCL+seed=3+contrast_weight=1+meta_labels=phase,partition+initial_lr=0.1",
+            "SSLTrainerSPCLPretrain+seed=3+meta_labels=phase,partition",
+        ),
+        ("SSLTrainerSPCL+ema_decay=0.9+num_epochs=7", "SSLTrainerSPCLPretrain+num_epochs=7"),
+        ("SSLTrainer", None),
+    ],
+)
+def test_settings_that_both_stages_know_are_shared(trainer, first):
+    assert pretraining_of(trainer) == first
+
+
 def test_unknown_data_set(ran):
     with pytest.raises(UserError, match="777"):
         train_in_two_stages(
@@ -95,6 +111,8 @@ def test_the_command(ran, monkeypatch, capsys, tmp_path):
     assert f"estimate of ('901', '2d', 'nnUNetPlans', '{FIRST}', 'cpu')" in out
     assert f"nnUNetv2_predict -d 901 -c 2d -tr {SECOND}" in out
     assert [c[5] for c in ran] == [FIRST, SECOND]
+    assert cli.main([*arguments[:4], *arguments[6:]]) == 0
+    assert [c[5] for c in ran[2:]] == ["SSLTrainerSPCLPretrain+seed=1", SECOND]
     assert Path(ran[1][-1]).parent == folder_of(FIRST, tmp_path)
     if not torch.cuda.is_available():
         assert cli.main(arguments[:-2]) == 2

@@ -1,6 +1,7 @@
 """Self-paced contrastive learning with meta-labels: pre-training and semi-supervised stage."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -41,7 +42,8 @@ PAPER = "Peng et al. 2021, arXiv:2107.13741"
 MADE_HERE = ("partition", "patient", "self")  # need no column of cases.csv
 FIRST_RATE, LAST_RATE = 1 / 400, 5e-4  # of the peak, published: 5e-7 and 1e-7 of 2e-4
 RETRIEVAL = "meta_label_retrieval.json"
-RETRIEVAL_PATCHES = 32  # of a case, in the final validation
+RETRIEVAL_PATCHES = 16  # of a case, in the final validation
+LEAST_SAMPLES = {2: 12, 3: 4}  # contrasted together, by dimension
 
 
 def encode(network: Any, x: Tensor) -> Tensor:
@@ -62,11 +64,11 @@ class SelfPacedContrast(SemiSupervisedTrainer):
     # partition (of the scan, by slice position), patient (column of cases.csv, else the case),
     # self (2D: each slice its own label), or any column of cases.csv
     meta_labels: tuple[str, ...] = ("partition", "patient")
-    weights: tuple[float, ...] = (1.0, 0.1)  # lambda, of each; the last counts for all further ones
+    weights: tuple[float, ...] = (1.0, 0.1)  # lambda, of each; the last one for all further labels
     partitions: int = 3  # S, parts of a scan; published 3 for ACDC, 8 for others
     temperature: float = 0.07  # tau
-    # linear: w = max(0, 1 - l / gamma); hard: w = 1 where l <= gamma; none: w = 1
-    pace: Literal["linear", "hard", "none"] = "linear"
+    # linear: w = max(0, 1 - l / gamma); hard: w = 1 where l <= gamma; None: w = 1
+    pace: Literal["linear", "hard"] | None = "linear"
     gamma_start: float = 1.0  # first gamma, above log P, P positives a sample
     gamma_end: float = 1.8  # last gamma, in units of the largest possible loss
     pace_power: float = 0.5  # p, of the way between, by epoch
@@ -81,8 +83,8 @@ class SelfPacedContrast(SemiSupervisedTrainer):
         names = cls.meta_labels
         cls.require(len(set(names)) == len(names) > 0, "meta_labels", "different names")
         cls.require(not set(names) & set(META), "meta_labels", f"none of {', '.join(META)}")
-        several = 1 <= len(cls.weights) <= len(names) and min(cls.weights) >= 0
-        cls.require(several, "weights", "0 or more, and at most one for each of meta_labels")
+        fits = bool(cls.weights) and min(cls.weights) >= 0
+        cls.require(fits, "weights", "numbers of 0 or more, at least one")
         cls.require(cls.partitions >= 2, "partitions", "at least 2")
         cls.require(cls.embedding >= 1, "embedding", "at least 1")
         for name in ("temperature", "gamma_end", "pace_power"):
@@ -259,7 +261,7 @@ class SelfPacedContrast(SemiSupervisedTrainer):
         """Return the contrast by one meta-label, each pair weighted by how easy it is."""
         pairs = pair_losses(z, labels, self.temperature, counted)
         weights = torch.ones_like(pairs.loss)
-        if self.pace != "none":
+        if self.pace is not None:
             first, last = pace_bounds(pairs, self.temperature, self.gamma_start, self.gamma_end)
             # once an epoch, as published
             part = pace_at(self.current_epoch / self.num_epochs, self.pace_power)
@@ -318,14 +320,15 @@ class SSLTrainerSPCLPretrain(SelfPacedContrast):
     method: ClassVar[str] = "Self-paced contrastive pre-training"
     paper: ClassVar[str] = PAPER
     twin: ClassVar[str] = ""  # it predicts nothing
-    step_cost: ClassVar[float] = 1.5  # in 3D; 0.6 in 2D; the encoder is .3 of a PlainConvUNet
+    # batch 2 in 3D; 0.6 for batches from 12 in 2D; the encoder is .3 of a PlainConvUNet
+    step_cost: ClassVar[float] = 1.5
 
     num_epochs: int = 50
     initial_lr: float = 2e-4  # peak, of RAdam
     weight_decay: float = 1e-5
     warmup: float = 0.125  # fraction of training until the peak
     # plan batches of samples that are contrasted together; above 1 activations stay those of one,
-    # at the price of another pass; auto: 1 in 2D, 2 in 3D
+    # at the price of another pass; auto: as many as make 12 slices, or 4 patches in 3D
     contrast_batches: int | Literal["auto"] = "auto"
 
     @classmethod
@@ -374,7 +377,7 @@ class SSLTrainerSPCLPretrain(SelfPacedContrast):
         patch_size, cases = self.configuration_manager.patch_size, self.contrast_cases()
         batches = self.contrast_batches
         if batches == "auto":
-            batches = 1 if self.flat else 2
+            batches = -(-LEAST_SAMPLES[len(patch_size)] // self.batch_size)
         options: dict[str, Any] = {
             "parts": self.partitions,
             "masked": self.configuration_manager.use_mask_for_norm,
@@ -407,13 +410,11 @@ class SSLTrainerSPCLPretrain(SelfPacedContrast):
 
     # --- validation
 
+    @torch.no_grad()
     def validation_step(self, batch: dict) -> dict:
         """Return features and meta-labels of a batch."""
+        x, valid = batch["data"].to(self.device), batch["valid"].to(self.device)
         meta = {name: value.to(self.device) for name, value in batch["meta"].items()}
-        return self._features(batch["data"].to(self.device), batch["valid"].to(self.device), meta)
-
-    @torch.no_grad()
-    def _features(self, x: Tensor, valid: Tensor, meta: Mapping[str, Tensor]) -> dict:
         with self._autocast():
             feature = slice_features(self._encode(self.student, x))
         slices = len(feature) // len(x)
@@ -468,19 +469,20 @@ class SSLTrainerSPCLPretrain(SelfPacedContrast):
         table, ids = self.case_table(cases.identifiers), list(cases.identifiers)
         size = self.configuration_manager.patch_size
         axis = self.plans_manager.transpose_forward[0]
-        outputs = []
-        for case, image, z in regular_patches(cases, size, RETRIEVAL_PATCHES, axis):
-            along = z.view(-1, *[1] * len(size[-2:])).expand(1, *image.shape[1:])
+        patches, outputs = regular_patches(cases, size, RETRIEVAL_PATCHES, axis), []
+        while some := list(islice(patches, self.batch_size)):
+            names, images, places = zip(*some, strict=True)
+            x, z = torch.stack(images), torch.stack(places)  # z: (B, 1) in 2D, (B, D) in 3D
+            z_map = z.view(len(x), 1, -1, *[1] * (x.ndim - 3)).expand(-1, 1, *x.shape[2:])
             meta = {
-                "case": torch.tensor([ids.index(case)]),
-                "position": z[:1].view(1, 1),
-                "z_map": along[None],
-                **{k: torch.tensor([v]) for k, v in table.get(case, {}).items()},
+                "case": torch.tensor([ids.index(name) for name in names]),
+                "position": z[:, :1],
+                "z_map": z_map,
+                **{k: torch.tensor([table[name][k] for name in names]) for k in self.columns},
             }
-            inside = (along >= 0) & (along <= 1)
-            meta = {name: value.to(self.device) for name, value in meta.items()}
-            found = self._features(image[None].to(self.device), inside[None].to(self.device), meta)
-            outputs.append(found)
+            inside = (z_map >= 0) & (z_map <= 1)
+            batch = {"data": x, "valid": inside, "meta": meta}
+            outputs.append(self.validation_step(batch))
         scores = self.score(outputs)
         self.tell(scores)
         write_json(scores, Path(self.output_folder) / RETRIEVAL)
@@ -509,6 +511,7 @@ class SSLTrainerSPCL(SelfPacedContrast):
     method: ClassVar[str] = "Self-paced contrast with meta-labels"
     paper: ClassVar[str] = PAPER
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=None+deploy=student"
+    pretraining: ClassVar[str] = SSLTrainerSPCLPretrain.__name__
     views: ClassVar[tuple[str, ...]] = ("stock",)
     step_cost: ClassVar[float] = 1.6  # with a PlainConvUNet, whose encoder is .3 of it
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, count, twin_name
 from nnunet_ssl.naming import resolve
+from nnunet_ssl.two_stages import pretraining_of
 
 Role = Literal["method", "twin", "stock", "bound", "equal_compute"]
 STOCK = "nnUNetTrainer"
 STOCK_EPOCHS, STOCK_ITERATIONS = 1000, 250  # nnUNetTrainer's own schedule
 LONGEST_NAME = 255  # bytes, of most file systems
+NOT_TOLD = ("epochs", "pretraining")  # fields of a cell that runs.json does not hold
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Cell:
         draw: of the annotated cases.
         seed: of the training.
         fold: "all", or a number.
-        step_cost: of the method, in steps of its twin.
+        step_cost: of the method, in steps of its twin, pre-training included.
         epochs: of the training.
+        pretraining: full name of the trainer that it starts from, or None.
     """
 
     id: str
@@ -46,6 +50,7 @@ class Cell:
     fold: str
     step_cost: float
     epochs: int
+    pretraining: str | None = None
 
 
 def parts_of(trainer: str) -> tuple[str, dict[str, str]]:
@@ -97,6 +102,7 @@ def make_cell(
         settings["seed"] = str(place.seed)
     full = join(trainer, settings)
     cls: Any = resolve(full)
+    pretraining = pretraining_of(full)
     shown = join(trainer, {k: v for k, v in own.items() if common.get(k) != v})
     return Cell(
         id=f"{place.label}_{shown}",
@@ -109,9 +115,34 @@ def make_cell(
         draw=place.draw,
         seed=place.seed or 0,
         fold=place.fold,
-        step_cost=cls.step_cost,
+        step_cost=cls.step_cost + (cost_beside(pretraining, cls) if pretraining else 0),
         epochs=cls.num_epochs,
+        pretraining=pretraining,
     )
+
+
+def pretraining_task(cell: Cell, command: Sequence[str], model: Path) -> dict[str, Any] | None:
+    """Return command and folder of the training that a cell starts from, if there is one.
+
+    Args:
+        cell: which trains.
+        command: of its training.
+        model: its folder of the fold.
+    """
+    if cell.pretraining is None:
+        return None
+    name = model.parent.name.replace(cell.trainer, cell.pretraining, 1)
+    return {
+        "command": [cell.pretraining if word == cell.trainer else word for word in command],
+        "model": str(model.parent.with_name(name) / model.name),
+    }
+
+
+def cost_beside(pretraining: str, trainer: Any) -> float:
+    """Return the cost of a pre-training, spread over the steps of a trainer."""
+    first: Any = resolve(pretraining)
+    steps = [c.num_epochs * c.num_iterations_per_epoch for c in (first, trainer)]
+    return first.step_cost * steps[0] / steps[1]
 
 
 def with_twins(

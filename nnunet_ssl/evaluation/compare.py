@@ -11,7 +11,15 @@ from typing import Any
 from nnunet_ssl.data.unlabeled import read_manifest
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.estimate import measure_elsewhere
-from nnunet_ssl.evaluation.cells import Cell, Place, parts_of, twin_of, with_twins
+from nnunet_ssl.evaluation.cells import (
+    NOT_TOLD,
+    Cell,
+    Place,
+    parts_of,
+    pretraining_task,
+    twin_of,
+    with_twins,
+)
 from nnunet_ssl.evaluation.runner import (
     LocalLauncher,
     check_folder,
@@ -21,6 +29,7 @@ from nnunet_ssl.evaluation.runner import (
     locked,
     print_table,
     run_cells,
+    warn_of_shared_cores,
     write_task,
 )
 from nnunet_ssl.evaluation.tasks import TASK, read_state
@@ -84,6 +93,9 @@ def compare(
         for cell in cells
     }
     check_folder(folder, plan)
+    for place, task in plan.items():
+        check_trainings(place, task, base, raw.file_ending)
+    warn_of_shared_cores(workers, device)
     print_table(folder, cells, cells)
     left = [c for c in cells if "train" not in stages_done(folder / "cells" / c.id)]
     if left:
@@ -129,6 +141,45 @@ def check_ready(raw: RawDataset, base: Path, configuration: str, plans: str) -> 
     read_manifest(base, content, configuration)
 
 
+def check_trainings(place: Path, task: Mapping[str, Any], base: Path, file_ending: str) -> None:
+    """Check that trainings which are there already are of these plans, data and folds.
+
+    Those that this folder began have their cases in its task; others show them by what they
+    validated on.
+
+    Args:
+        place: of the cell.
+        task: of the cell.
+        base: preprocessed folder of the data set.
+        file_ending: of masks.
+
+    Raises:
+        UserError: names the folder of a training that cannot count.
+    """
+    definition = task["definition"]
+    files = {"plans.json": f"{definition['plans']}.json", "dataset.json": "dataset.json"}
+    for stage in filter(None, (task["train"]["pretrain"], task["train"])):
+        model = Path(stage["model"])
+        if not any(model.glob("checkpoint_*.pth")):
+            continue
+        other = [name for name in files if _json(model.parent / name) != _json(base / files[name])]
+        if not other and not (place / TASK).is_file():
+            validated = {p.name for p in (model / "validation").glob(f"*{file_ending}")}
+            if validated != {f"{case}{file_ending}" for case in definition["validation cases"]}:
+                other = ["validation cases"]
+        if other:
+            raise UserError(
+                f"{model} holds a training with other {' and '.join(other)} than fold "
+                f"{model.name.removeprefix('fold_')} has now, or one that was begun elsewhere, "
+                f"whose cases cannot be told before its validation. Move it away, or train under "
+                f"another name: -tr {definition['trainer']}+seed=2"
+            )
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def expand(trainers: Sequence[str], splits: Splits, annotated: int) -> list[Cell]:
     """Return a cell for each fold, trainer and twin."""
     settings = [parts_of(trainer)[1].items() for trainer in trainers]
@@ -170,10 +221,11 @@ def cell_task(
             "validation cases": sorted(fold["val"]),
         },
         "environment": environment(folders, workers),
-        "row": {k: v for k, v in vars(cell).items() if k != "epochs"},
+        "row": {k: v for k, v in vars(cell).items() if k not in NOT_TOLD},
         "train": {
             "command": train,
             "model": str(model / f"fold_{cell.fold}"),
+            "pretrain": pretraining_task(cell, train, model / f"fold_{cell.fold}"),
             "epochs": cell.epochs,
             "configuration": configuration,
             "device": device,
@@ -204,7 +256,8 @@ def tell_time(
     workers: int,
 ) -> None:
     """Measure a step and print how long the trainings take; what goes wrong is told, too."""
-    names = list(dict.fromkeys(cell.trainer for cell in cells))
+    trained = [n for cell in cells for n in (cell.pretraining, cell.trainer) if n]
+    names = list(dict.fromkeys(trained))
     print(f"\n{folds} folds, {len(cells)} trainings to run. Measuring a training step ...")
     try:
         told = measure_elsewhere(str(dataset_id), configuration, plans, names, device)
@@ -213,7 +266,7 @@ def tell_time(
         return
     for name in names:
         print(f"  {name}: {told[name][1]}")
-    total = sum(told[cell.trainer][0] for cell in cells)
+    total = sum(told[name][0] for name in trained)
     shared = f", if {workers} at a time do not slow each other" if workers > 1 else ""
     print(f"In all about {duration(total / workers)}, validation not counted{shared}.", flush=True)
 
@@ -249,4 +302,5 @@ def describe(raw: RawDataset, configuration: str, command: str) -> dict[str, Any
             "labels": str(raw.folder / "labelsTr"),
         },
         "units": "folds",
+        "budget_unit": "case",
     }

@@ -29,6 +29,7 @@ import nnunet_ssl
 from nnunet_ssl.commands import EPOCH_ENDS, run_command
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.io import atomic_path, write_json, write_text
+from nnunet_ssl.two_stages import FINAL
 
 TASK, STATE, LOGS = "task.json", "state.json", "logs"
 PACKAGES = ("nnunet-ssl", "nnunetv2", "torch", "numpy", "batchgeneratorsv2")
@@ -137,13 +138,23 @@ def plan(task: dict, folder: Path) -> dict:
 
 def train(task: dict, folder: Path) -> dict:
     """Train to the final checkpoint, from an earlier attempt's latest one if there is any."""
-    options = task["train"]
-    model = Path(options["model"])
-    command = list(options["command"])
-    if any(model.glob("checkpoint_*.pth")):
+    options, started_at = task["train"], commit()  # the code may change while it runs
+    command, commands = list(options["command"]), [options["command"]]
+    first = options.get("pretrain")
+    if first:
+        weights = Path(first["model"]) / FINAL
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{first['model']}.lock"):  # cells may share it
+            if not weights.is_file():
+                begun = any(weights.parent.glob("checkpoint_*.pth"))
+                run_stage(first["command"] + ["--c"] * begun, folder, "pretrain")
+        commands.insert(0, first["command"])
+    if any(Path(options["model"]).glob("checkpoint_*.pth")):
         command.append("--c")
+    elif first:
+        command += ["-pretrained_weights", str(weights)]
     run_stage(command, folder, "train")
-    return {"commands": [options["command"]], **training_facts(task, folder)}
+    return {"commands": commands, "commit": started_at, **training_facts(task, folder)}
 
 
 def training_facts(task: dict, folder: Path) -> dict:
@@ -151,7 +162,8 @@ def training_facts(task: dict, folder: Path) -> dict:
     from nnunet_ssl.history import LOG_NAME, read_log
 
     options = task["train"]
-    records = read_log(Path(options["model"]) / LOG_NAME)
+    stages = [options, options["pretrain"]] if options.get("pretrain") else [options]
+    records = [r for stage in stages for r in read_log(Path(stage["model"]) / LOG_NAME)]
     patches = {kind: sum(r["patches"][kind] for r in records) for kind in ("labeled", "unlabeled")}
     seconds = sum(r["seconds"] for r in records)
     peaks = [r["gpu_peak_mb"] for r in records if "gpu_peak_mb" in r]
@@ -164,7 +176,6 @@ def training_facts(task: dict, folder: Path) -> dict:
         "patches": patches,
         "patches_per_second": round(sum(patches.values()) / seconds, 2) if seconds else None,
         "peak_memory_mb": {"gpu": max(peaks, default=None), "host": peak_of_children()},
-        "commit": commit(),
         "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "hardware": hardware(options["device"]),
     }
@@ -209,7 +220,7 @@ def pseudo_labels(task: dict, folder: Path) -> dict:
     rows = []
     for moment in task["pseudo_labels"]["moments"]:
         run_stage(moment["command"], folder, "pseudo_labels")
-        output = folder / "pseudo_labels" / f"evaluation_{moment['progress']}"
+        output = folder / "pseudo_labels" / f"evaluation_{100 * moment['progress']:g}"
         score({**task["evaluate"], **moment["evaluate"]}, output)
         with (output / "cases.csv").open(newline="") as file:
             rows += [

@@ -16,6 +16,7 @@ from make_data import make_raw_dataset
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation import benchmark, runner, tasks
 from nnunet_ssl.evaluation.benchmark import run_benchmark
+from nnunet_ssl.evaluation.report import write_report
 
 from .fakes import Commands, InProcess, Killed
 
@@ -150,7 +151,7 @@ def test_groups_are_budget_and_test(place, commands, run):
     for split in splits:
         first, second = sorted(split["labeled"])
         assert int(first[-1]) // 2 == int(second[-1]) // 2 and len(split["unlabeled"]) == 4
-    assert runs(place)["cells"][0]["budget"] == 1
+    assert runs(place)["cells"][0]["budget"] == 1 and runs(place)["budget_unit"] == "group"
 
 
 def test_extra_rows_see_annotated_cases_only(place, commands, run):
@@ -177,10 +178,13 @@ def test_pseudo_labels_are_scored_along_training(place, commands, run):
     method = runs(place)["cells"][1]
     with (place / "out" / method["pseudo_labels"]).open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {r["progress"] for r in rows} == {"40", "70", "100"}
+    assert {r["progress"] for r in rows} == {"0.4", "0.7", "1.0"}  # as in ssl_log.jsonl
     assert {r["case"] for r in rows} == {"tr_002", "tr_003", "tr_004"}
     assert len(rows) == 3 * 3 * 2 and {float(r["value"]) for r in rows} == {1.0}
     assert "+keep_at=0.4,0.7+" in method["trainer"]
+    write_report(place / "out", place / "report.html")  # reads what the runner writes
+    plot = (place / "report.html").read_text().split('aria-label="Pseudo-labels, 2 annotated')[1]
+    assert all(f">{tick}<" in plot.split("</svg>")[0] for tick in (40, 70, 100))
     asked = [c for c in commands.ran if "checkpoint_at_" in c]
     assert len(asked) == 4 and all("--disable_tta" in c for c in asked)
 
@@ -262,6 +266,27 @@ def test_begun_training_continues(place, commands, run):
     assert run() == 0
     (continued,) = [c for c in commands.ran if "nnUNetv2_train" in c]
     assert continued.endswith("--c") and "SSLTrainerSupervised" in continued
+
+
+def test_a_trainer_that_starts_from_another_ones_weights(place, commands, run):
+    options = {"new": "[SSLTrainerSPCL, SSLTrainerSPCL+contrast_weight=0.5]", "old": "[SSLTrainer]"}
+    commands.broken = "contrast_weight=0.5"
+    assert run(**options, only=["draw0"]) == 1
+    trained = [c for c in commands.ran if "nnUNetv2_train" in c]
+    first, *others = [c for c in trained if "Supervised" not in c]
+    assert "-tr SSLTrainerSPCLPretrain+num_epochs=2+" in first and "-pretrained" not in first
+    assert "contrast_weight" not in first and "keep_at" not in first and "seed=" in first
+    (one,) = others
+    assert one.split("-pretrained_weights ")[1].startswith(str(place / "out/nnUNet_results"))
+    assert "/SSLTrainerSPCLPretrain+num_epochs=2+" in one
+    commands.broken = None
+    assert run(**options, only=["draw0"]) == 0
+    trained = [c for c in commands.ran if "nnUNetv2_train" in c and "Supervised" not in c]
+    assert len(trained) == 3 and sum("-tr SSLTrainerSPCLPretrain" in c for c in trained) == 1
+    method = next(c for c in runs(place)["cells"] if c["name"] == "SSLTrainerSPCL")
+    assert method["patches"] == {"labeled": 16, "unlabeled": 24}  # of both trainings
+    assert method["seconds"]["train"] == 8.0 and method["step_cost"] == pytest.approx(1.6 + 1.5)
+    assert len(method["commands"]) == 3 and "SPCLPretrain" in method["commands"][0]
 
 
 def test_failed_cell_keeps_its_log_and_stops_no_other(place, commands, run, capsys):
@@ -368,6 +393,7 @@ def test_groups_that_lack_a_case(place, run):
         ("Dataset901_Toy", "Dataset902_None", r"line 5, dataset.source: no dataset.json in"),
         ("last: 2", "last: 8", "line 6, test: 8 test cases are asked for, but there are 8 cases"),
         ("labeled: [2]", "labeled: [6]", "line 10, labeled: 6 leaves nothing unlabelled: 6 cases"),
+        ("labeled: [2]", "labeled: [2, 33%]", "line 10, labeled: names 2 twice"),
         ("last: 2", "set: val", "line 6, test: .* has no conversion.json"),
         ("protocol: raw", "protocol: cropped-literature", "line 3, protocol: .*converted as raw"),
         ("device: cpu", "device: cuda", "line 15, device: cuda, but none is found"),

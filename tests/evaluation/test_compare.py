@@ -12,7 +12,7 @@ from nnunet_ssl.evaluation import compare as module
 from nnunet_ssl.evaluation import runner
 from nnunet_ssl.evaluation.compare import compare
 
-from .fakes import Commands, InProcess
+from .fakes import Commands, InProcess, run_fake
 
 
 @pytest.fixture
@@ -74,6 +74,15 @@ def test_each_fold_of_twin_and_method_is_scored_and_reported(commands, run, tmp_
     assert "trainings to run" not in capsys.readouterr().out  # so nobody is asked either
 
 
+def test_pretraining_runs_first_and_is_in_the_estimate(commands, run, tmp_path, capsys):
+    assert run("SSLTrainerSPCL+seed=3") == 0
+    fold = [c for c in commands.ran if c.startswith("nnUNetv2_train 901 2d 1 ")]
+    assert len(fold) == 3 and "SSLTrainerSPCLPretrain+seed=3" in fold[1]
+    weights = "SSLTrainerSPCLPretrain+seed=3__nnUNetPlans__2d/fold_1/checkpoint_final.pth"
+    assert fold[2].endswith(weights)
+    assert "In all about 1 h 30 min" in capsys.readouterr().out  # three trainings a fold
+
+
 def test_a_fold_that_fails_is_tried_again(commands, run, tmp_path, monkeypatch):
     monkeypatch.setattr("nnunet_ssl.evaluation.report.write_report", lambda folder, output: None)
     commands.broken = "2d 1 -tr SSLTrainer "
@@ -89,6 +98,33 @@ def test_settings_of_an_earlier_call_are_kept(commands, run, monkeypatch):
     run("SSLTrainer+num_epochs=3")
     with pytest.raises(UserError, match=r"begun with another spec: trainer was .*=3.* now .*=4"):
         run("SSLTrainer+num_epochs=4")
+
+
+def test_an_earlier_training_counts_if_it_is_of_these_data(commands, run, monkeypatch):
+    monkeypatch.setattr("nnunet_ssl.evaluation.report.write_report", lambda folder, output: None)
+    train = ["nnUNetv2_train", "901", "2d", "1", "-tr", "SSLTrainer", "-p", "nnUNetPlans"]
+    run_fake(train, dict(os.environ))  # by hand, before
+    (model,) = Path(os.environ["nnUNet_results"]).glob("Dataset901_*/SSLTrainer__*")
+    case = model / "fold_1" / "validation" / "tr_001.nii.gz"
+    refused = r"fold_1 holds a training with other {} .* fold 1 has .*SSLTrainer\+seed=2"
+    case.rename(case.with_name("tr_000.nii.gz"))
+    with pytest.raises(UserError, match=refused.format("validation cases")):
+        run()
+    case.with_name("tr_000.nii.gz").rename(case)
+    plans = (model / "plans.json").read_text()
+    (model / "plans.json").write_text(plans.replace("nnUNetPlans", "others"))
+    with pytest.raises(UserError, match=refused.format("plans.json")):
+        run()
+    assert not commands.ran
+    (model / "plans.json").write_text(plans)
+    assert run() == 0
+    assert [c.endswith(" --c") for c in commands.ran].count(True) == 1  # goes on from its end
+
+
+def test_several_at_a_time_on_a_cpu_are_warned_of(commands, run, monkeypatch, capsys):
+    monkeypatch.setattr("nnunet_ssl.evaluation.report.write_report", lambda folder, output: None)
+    run(workers=2)
+    assert "NOTE: nnU-Net lets each training on a CPU use all cores" in capsys.readouterr().out
 
 
 def test_asks_before_it_starts(commands, run, tmp_path, monkeypatch, capsys):
