@@ -481,6 +481,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow  # three processes that import nnU-Net; fakes are killed above
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
 def test_runner_killed_with_all_it_started_goes_on(place, programs):
     (place / "toy.yaml").write_text(SPEC.replace("[0, 1]", "[0]"))
