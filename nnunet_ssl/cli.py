@@ -457,13 +457,16 @@ def run_train(args: argparse.Namespace) -> None:
 def run_spcl(args: argparse.Namespace) -> None:
     """Run both stages, print the command that predicts."""
     trainer = prepare(args)
-    from nnunet_ssl.estimate import estimate
+    from nnunet_ssl.estimate import measure_elsewhere
     from nnunet_ssl.two_stages import train_in_two_stages, with_settings_of
 
     first = args.pre or with_settings_of(args.tr, "SSLTrainerSPCLPretrain")
     place = args.dataset, args.configuration, args.p
-    for name in (first, args.tr):
-        print(f"{name}: {estimate(*place, name, args.device)}", flush=True)
+    try:
+        told = measure_elsewhere(*place, [first, args.tr], args.device)
+        print(*(f"{name}: {line}" for name, (_, line) in told.items()), sep="\n", flush=True)
+    except UserError as error:
+        print(f"no estimate: {error}", flush=True)
     train_in_two_stages(
         args.dataset,
         args.configuration,

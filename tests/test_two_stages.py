@@ -104,11 +104,16 @@ def test_unknown_data_set(ran):
 
 
 def test_the_command(ran, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(estimate, "estimate", lambda *args: f"estimate of {args}")
+    monkeypatch.setattr(
+        estimate,
+        "measure_elsewhere",
+        lambda *args: {name: (60.0, f"1 min {args[:3]}") for name in args[3]},
+    )
     arguments = ["spcl", "901", "2d", "all", "-pre", FIRST, "-tr", SECOND, "-device", "cpu"]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert f"estimate of ('901', '2d', 'nnUNetPlans', '{FIRST}', 'cpu')" in out
+    for name in (FIRST, SECOND):
+        assert f"{name}: 1 min ('901', '2d', 'nnUNetPlans')" in out
     assert f"nnUNetv2_predict -d 901 -c 2d -tr {SECOND}" in out
     assert [c[5] for c in ran] == [FIRST, SECOND]
     assert cli.main([*arguments[:4], *arguments[6:]]) == 0
