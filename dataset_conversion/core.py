@@ -635,7 +635,7 @@ def convert_case(
         key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
         outputs = [*images, *([mask_path] if case.mask else [])]
         if stamp_path.is_file() and all(p.is_file() for p in outputs):
-            stamp = json.loads(stamp_path.read_text())
+            stamp = json.loads(stamp_path.read_text(encoding="utf-8"))
             if stamp["key"] == key:
                 return stamp
         script = importlib.import_module(script_name)

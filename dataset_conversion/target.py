@@ -68,7 +68,7 @@ class Target:
         path = self.folder.parent / f".convert_{self.id:03d}.lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
+            file = path.open("w", encoding="utf-8")
         except OSError as error:
             raise UserError(explain_os_error(error, path)) from error
         with file:
@@ -215,7 +215,7 @@ class Target:
 def read_record(folder: Path) -> dict | None:
     """Read conversion.json; None if there is none."""
     try:
-        return json.loads((folder / RECORD).read_text())
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -887,7 +887,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not path.is_file() and len(cases) < 5:
             raise UserError(f"{path} is missing, and {len(cases)} cases make no 5 folds. {fix}")
         if path.is_file():
-            splits = json.loads(path.read_text())
+            splits = json.loads(path.read_text(encoding="utf-8"))
             if not 0 <= self.fold < len(splits):
                 raise UserError(
                     f"{path} has folds 0 to {len(splits) - 1}, not {self.fold}. Choose one of "

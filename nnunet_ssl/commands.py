@@ -34,7 +34,7 @@ def run_command(
     """
     program = Path(sysconfig.get_path("scripts")) / command[0]
     last: deque[str] = deque(maxlen=LAST_LINES)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
         process = subprocess.Popen(
@@ -44,6 +44,7 @@ def run_command(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            encoding="utf-8",
             errors="replace",
         )
 

@@ -143,7 +143,7 @@ class Runner:
 
 def write_small_plans(preprocessed: Path) -> None:
     """Write plans of a small network beside the planned ones; both share the preprocessed data."""
-    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
     small = shrink_plans(plans, CONFIGURATION, FEATURES, PATCH, batch_size=2)
     write_json({**small, "plans_name": PLANS}, preprocessed / f"{PLANS}.json")
 
@@ -152,7 +152,7 @@ def read_dice(summary: Path) -> Dice:
     """Dice of each case and organ from nnU-Net's summary.json."""
     names = {str(label): organ for organ, label in ORGANS.items()}
     scores = {}
-    for case in json.loads(summary.read_text())["metric_per_case"]:
+    for case in json.loads(summary.read_text(encoding="utf-8"))["metric_per_case"]:
         name = Path(case["reference_file"]).name.removesuffix(".nii.gz")
         scores[name] = {names[k]: float(v["Dice"]) for k, v in case["metrics"].items()}
     return scores
@@ -189,7 +189,10 @@ def write_results(
         },
         folder / "results.json",
     )
-    with atomic_path(folder / "results.csv") as part, part.open("w", newline="") as file:
+    with (
+        atomic_path(folder / "results.csv") as part,
+        part.open("w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["trainer", "case", *ORGANS])
         for trainer, dice in scores.items():

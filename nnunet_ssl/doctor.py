@@ -175,7 +175,7 @@ def check_dataset(dataset: str, configuration: str | None, plans: str) -> Iterat
         return
     raw = found[0]
     try:
-        dataset_json = json.loads((raw / "dataset.json").read_text())
+        dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
         ending = dataset_json["file_ending"]
     except (OSError, ValueError, KeyError) as error:
         fix = "write it as nnU-Net's documentation/dataset_format.md says"
@@ -204,7 +204,7 @@ def check_preprocessed(
     if not plans_file.is_file():
         yield Check("FAIL", f"{plans_file} is missing: not planned yet", command)
         return
-    plan = json.loads(plans_file.read_text())
+    plan = json.loads(plans_file.read_text(encoding="utf-8"))
     available = [c for c, v in plan["configurations"].items() if "cascade" not in c and v]
     yield Check("OK", f"plans {plans}: {', '.join(available)}")
     if configuration is not None and configuration not in available:
@@ -233,6 +233,9 @@ def check_preprocessed(
 
     splits = base / "splits_final.json"
     if splits.is_file():
-        yield Check("OK", f"{splits.name}: {len(json.loads(splits.read_text()))} folds, and all")
+        yield Check(
+            "OK",
+            f"{splits.name}: {len(json.loads(splits.read_text(encoding='utf-8')))} folds, and all",
+        )
     else:
         yield Check("WARN", f"{splits} is missing: only fold all is safe", f"{command}")

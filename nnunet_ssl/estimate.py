@@ -189,8 +189,8 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(os.cpu_count() or 1)  # as nnU-Net does
     base = Path(os.environ["nnUNet_preprocessed"]) / maybe_convert_to_dataset_name(dataset)
     cost = measure_plan(
-        json.loads((base / f"{plans}.json").read_text()),
-        json.loads((base / "dataset.json").read_text()),
+        json.loads((base / f"{plans}.json").read_text(encoding="utf-8")),
+        json.loads((base / "dataset.json").read_text(encoding="utf-8")),
         configuration,
         device,
     )

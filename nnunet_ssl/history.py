@@ -80,7 +80,7 @@ class History:
         record = _finite(record)
         self.records.append(record)
         try:
-            with open(self.path, "a") as f:
+            with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(explain_os_error(error, self.path)) from error
@@ -154,7 +154,7 @@ def read_log(path: str | Path) -> list[dict]:
     """Read `ssl_log.jsonl`; lines that a kill tore off are left out."""
     path = Path(path)
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

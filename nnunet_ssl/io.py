@@ -54,7 +54,7 @@ def explain_os_error(error: OSError, path: str | os.PathLike) -> str:
 def write_text(text: str, path: str | os.PathLike) -> None:
     """Write `text` to `path` atomically."""
     with atomic_path(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(obj: Any, path: str | os.PathLike) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import locale
 import os
 
 import pytest
@@ -100,3 +101,14 @@ def test_really_full_disk(tmp_path):
         full.write("x")
     assert path.read_text() == "old"
     assert "disk is full" in explain_os_error(OSError(errno.ENOSPC, ""), path)
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path):
+    """Libraries that read images change the process's locale."""
+    before = locale.setlocale(locale.LC_ALL)
+    locale.setlocale(locale.LC_ALL, "C")
+    try:
+        write_text("Größe · 3 mm", tmp_path / "a.txt")
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+    assert (tmp_path / "a.txt").read_bytes() == "Größe · 3 mm".encode()

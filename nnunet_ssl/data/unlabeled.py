@@ -79,7 +79,7 @@ def read_manifest(preprocessed_base: Path, plans: Mapping[str, Any], configurati
             f"{path} is missing. {fix}"
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         cases = manifest["cases"]
         key = manifest["preprocessing"]
         written_format = manifest["format"]

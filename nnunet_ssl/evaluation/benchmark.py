@@ -243,7 +243,7 @@ def read_conversion(source: Path) -> dict:
     """Return conversion.json, empty if the data set was not made by our converters."""
     path = source / "conversion.json"
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged: {error}. Convert the data set again.") from error
 
@@ -272,7 +272,7 @@ def check_leaks(data: Data, folder: Path) -> None:
         UserError: a test image is also a training image, or an image cannot be read.
     """
     path = folder / HASHES
-    known: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+    known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     paths = {case: data.raw.labeled[case] for case in data.training}
     sides = [paths, data.test]
     keys = [{case: _stamp(files) for case, files in side.items()} for side in sides]

@@ -132,7 +132,7 @@ def check_ready(raw: RawDataset, base: Path, configuration: str, plans: str) -> 
             f"{path} does not exist. Run: "
             f"nnunet_ssl plan_and_preprocess -d {raw.folder.name[7:10]} -c {configuration}"
         )
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     if configuration not in content["configurations"]:
         raise UserError(
             f"{path} has no configuration {configuration}. Give one of these with -c: "
@@ -177,7 +177,7 @@ def check_trainings(place: Path, task: Mapping[str, Any], base: Path, file_endin
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def expand(trainers: Sequence[str], splits: Splits, annotated: int) -> list[Cell]:

@@ -193,7 +193,7 @@ def _find_dataset_json(
 
 def _read_dataset_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"Cannot read {path}: {error}. Correct the file.") from error
     return content if isinstance(content, dict) else {}
@@ -487,7 +487,10 @@ def _write(output: Path, scored: dict[str, CaseScores], summary: dict) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(explain_os_error(error, output)) from error
-    with atomic_path(output / CASES_NAME) as part, open(part, "w", newline="") as file:
+    with (
+        atomic_path(output / CASES_NAME) as part,
+        open(part, "w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for case, result in scored.items():

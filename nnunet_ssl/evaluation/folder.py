@@ -72,7 +72,7 @@ class Runs:
                 "benchmark or nnunet_ssl compare."
             )
         try:
-            info = json.loads(path.read_text())
+            info = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path} cannot be read ({error}). Run the command that made the folder again."
@@ -107,7 +107,7 @@ class Runs:
         """The spec as it was read; empty where the folder has none."""
         path = self.folder / "spec.yaml"
         try:
-            spec = yaml.safe_load(path.read_text()) if path.is_file() else {}
+            spec = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except yaml.YAMLError as error:
             raise UserError(f"{path} cannot be read: {error}. Mend or remove it.") from error
         return spec if isinstance(spec, dict) else {}

@@ -59,7 +59,7 @@ class LocalLauncher:
     def start(self, folder: Path) -> subprocess.Popen:
         """Start a task."""
         (folder / LOGS).mkdir(exist_ok=True)
-        with (folder / LOGS / "task.log").open("a") as log:
+        with (folder / LOGS / "task.log").open("a", encoding="utf-8") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", tasks.__name__, str(folder)],
                 # not the current folder: in a checkout it hides the installed package
@@ -127,7 +127,7 @@ class SubmititLauncher:
         """Submit a task, unless an earlier runner's job for it is still there."""
         note = folder / "job.txt"
         if note.is_file():
-            job = self.job_class(self.folder, note.read_text().strip())
+            job = self.job_class(self.folder, note.read_text(encoding="utf-8").strip())
             if not job.done():
                 return job
         job = self.executor.submit(ClusterTask(folder))
@@ -416,7 +416,7 @@ def write_tables(folder: Path, head: Mapping[str, Any], cells: Sequence[Path]) -
 
 def read_scores(cell: Path) -> list[list[str]]:
     """Return the rows of a cell's evaluation."""
-    with (cell / "evaluation" / "cases.csv").open(newline="") as file:
+    with (cell / "evaluation" / "cases.csv").open(encoding="utf-8", newline="") as file:
         return [
             [row[k] for k in ("case", "class", "metric", "unit", "value")]
             for row in csv.DictReader(file)
@@ -490,7 +490,7 @@ def print_table(folder: Path, cells: Sequence[Cell], wanted: Sequence[Cell]) -> 
     count = sum(states[cell.id] != "done" for cell in wanted)
     unknown = sum(states[c.id] != "done" and c.name not in like for c in wanted)
     text = f"{len(wanted)} cells, {count} to run"
-    if left:
+    if count > unknown:
         text += f", about {duration(left)}"
         text += f" and {unknown} of unknown time" if unknown else ""
     print(text, flush=True)

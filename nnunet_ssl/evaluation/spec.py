@@ -278,7 +278,7 @@ def read_spec(file: Path) -> Spec:
     """
     file = Path(file)
     try:
-        content = file.read_text()
+        content = file.read_text(encoding="utf-8")
         root = yaml.compose(content, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read the spec {file}: {error}. Check the path.") from error

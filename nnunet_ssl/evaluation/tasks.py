@@ -38,12 +38,16 @@ PACKAGES = ("nnunet-ssl", "nnunetv2", "torch", "numpy", "batchgeneratorsv2")
 def read_state(folder: Path) -> dict:
     """Return {"stages": {stage: facts}, "error": message or None} of a task."""
     path = folder / STATE
-    return json.loads(path.read_text()) if path.is_file() else {"stages": {}, "error": None}
+    return (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file()
+        else {"stages": {}, "error": None}
+    )
 
 
 def read_task(folder: Path) -> dict:
     """Return what the task is to do."""
-    return json.loads((folder / TASK).read_text())
+    return json.loads((folder / TASK).read_text(encoding="utf-8"))
 
 
 def stages_of(task: dict) -> list[str]:
@@ -117,7 +121,7 @@ def plan(task: dict, folder: Path) -> dict:
     small = options["small"]
     if small:
         base = Path(options["preprocessed"])
-        plans = json.loads((base / f"{options['planned']}.json").read_text())
+        plans = json.loads((base / f"{options['planned']}.json").read_text(encoding="utf-8"))
         try:
             made = shrink_plans(
                 plans,
@@ -183,7 +187,7 @@ def training_facts(task: dict, folder: Path) -> dict:
 
 def batch_size(options: dict) -> int:
     """Patches of a training step, from the plans in the model's folder."""
-    plans = json.loads((Path(options["model"]).parent / "plans.json").read_text())
+    plans = json.loads((Path(options["model"]).parent / "plans.json").read_text(encoding="utf-8"))
     return plans["configurations"][options["configuration"]]["batch_size"]
 
 
@@ -222,7 +226,7 @@ def pseudo_labels(task: dict, folder: Path) -> dict:
         run_stage(moment["command"], folder, "pseudo_labels")
         output = folder / "pseudo_labels" / f"evaluation_{100 * moment['progress']:g}"
         score({**task["evaluate"], **moment["evaluate"]}, output)
-        with (output / "cases.csv").open(newline="") as file:
+        with (output / "cases.csv").open(encoding="utf-8", newline="") as file:
             rows += [
                 [moment["progress"], row["case"], row["class"], row["metric"], row["value"]]
                 for row in csv.DictReader(file)
@@ -234,7 +238,7 @@ def pseudo_labels(task: dict, folder: Path) -> dict:
 
 def write_csv(header: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
     """Write a table atomically."""
-    with atomic_path(path) as part, part.open("w", newline="") as file:
+    with atomic_path(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
@@ -295,7 +299,11 @@ def hardware(device: str) -> dict[str, Any]:
 def processor() -> str:
     """Name of the processor, as far as the system tells it."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    found = (
+        re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8"))
+        if info.is_file()
+        else None
+    )
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 

@@ -216,7 +216,7 @@ def _channel_names(dataset_json: dict) -> dict:
 def _read_dataset_json(folder: Path) -> dict:
     path = folder / "dataset.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing. nnU-Net's documentation (dataset_format.md) tells what is in it."

@@ -115,7 +115,7 @@ def ensure_splits(raw_folder: Path, preprocessed_folder: Path, labeled: Sequence
 
 def _parse_splits(path: Path) -> Splits:
     try:
-        splits = json.loads(path.read_text())
+        splits = json.loads(path.read_text(encoding="utf-8"))
         return [{k: [str(c) for c in fold[k]] for k in ("train", "val")} for fold in splits]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(
@@ -414,7 +414,7 @@ def read_case_list(path: Path, source: RawDataset) -> list[str]:
         UserError: unreadable, empty, a name twice, or a case that the data set does not hold.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read the list {path}: {error}. Check the path.") from error
     names = [line for line in lines if line and not line.startswith("#")]
