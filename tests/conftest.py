@@ -69,7 +69,7 @@ def make_trainer(nnunet, no_plots):
 
     def make(name, dataset="Toy", configuration=None, fold="all", short=True):
         base = Path(os.environ["nnUNet_preprocessed"]) / dataset_folder(nnunet, dataset)
-        plans = json.loads((base / "nnUNetPlans.json").read_text())
+        plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8"))
         plans["continue_training"] = False
         trainer_class = resolve(name + SHORT) if short else resolve(name)
         configuration = configuration or ("3d_fullres" if "3d" in trainer_class.dims else "2d")
@@ -77,7 +77,7 @@ def make_trainer(nnunet, no_plots):
             plans,
             configuration,
             fold,
-            json.loads((base / "dataset.json").read_text()),
+            json.loads((base / "dataset.json").read_text(encoding="utf-8")),
             torch.device("cpu"),
         )
 

@@ -127,7 +127,7 @@ def preprocess_toy(
     )
     if small:
         (path,) = Path(preprocessed_root).glob(f"Dataset{dataset_id:03d}_*/{plans_name}.json")
-        plans = json.loads(path.read_text())
+        plans = json.loads(path.read_text(encoding="utf-8"))
         for configuration in configurations:
             patch = (32, 32) if configuration == "2d" else (16, 32, 32)
             plans = shrink_plans(plans, configuration, (4, 8, 8), patch, batch_size=2)

@@ -109,7 +109,7 @@ def make_folder(
 
 def add_images(folder: Path, cases: int = 5, dim: int = 3) -> None:
     """Write test images, annotations and the predictions of all finished cells."""
-    runs = json.loads((folder / "runs.json").read_text())
+    runs = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
     rng = np.random.default_rng(0)
     shape = (12, 40, 30) if dim == 3 else (40, 30)
     spacing = (1.0, 1.0, 3.0) if dim == 3 else (1.0, 2.0)
@@ -140,7 +140,7 @@ def write(array: np.ndarray, path: Path, spacing: tuple[float, ...]) -> None:
 
 def add_logs(folder: Path, epochs: int = 12) -> None:
     """Write training logs and the quality of pseudo-labels, and name them in runs.json."""
-    runs = json.loads((folder / "runs.json").read_text())
+    runs = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
     for cell in runs["cells"]:
         if cell["state"] != "done":
             continue

@@ -29,7 +29,7 @@ def test_everything_said_is_added_to_the_log_and_epochs_are_told(program, tmp_pa
     log, epochs = tmp_path / "log", []
     for word in ("a b", "c"):
         commands.run_command(["tool", word], log, os.environ, lambda: epochs.append(1))
-    text = log.read_text()
+    text = log.read_text(encoding="utf-8")
     assert text.startswith("$ tool 'a b'\n") and text.count("Epoch time: 3.1 s\n") == 2
     assert "['a b']" in text and "['c']" in text and len(epochs) == 2
 
@@ -48,4 +48,4 @@ def test_a_killed_command_does_not_hang_on_what_it_left_running(program, tmp_pat
         with pytest.raises(UserError, match=r"(?s)tool failed with code -9.*last words.*log"):
             commands.run_command(["tool"], tmp_path / "log", os.environ)
     finally:
-        os.kill(int(Path(left).read_text()), signal.SIGKILL)
+        os.kill(int(Path(left).read_text(encoding="utf-8")), signal.SIGKILL)

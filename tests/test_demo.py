@@ -49,14 +49,14 @@ def test_data_set_follows_the_seed_and_holds_no_mask_of_unlabeled_cases(tmp_path
     assert len(list((a / "labelsTr").iterdir())) == 2
     assert len(list((a / "imagesUn").iterdir())) == 3
     assert not list(a.rglob("labelsUn")) and not list(a.rglob("*test*"))
-    assert json.loads((a / "dataset.json").read_text())["numTraining"] == 2
+    assert json.loads((a / "dataset.json").read_text(encoding="utf-8"))["numTraining"] == 2
 
 
 def test_refuses_a_folder_with_other_files_and_empties_its_own(tmp_path):
     (tmp_path / "thesis.tex").write_text("text")
     with pytest.raises(UserError, match=r"holds other files.*-o"):
         demo.prepare_folder(tmp_path, 0)
-    assert (tmp_path / "thesis.tex").read_text() == "text"
+    assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "text"
 
     mine = demo.prepare_folder(tmp_path / "demo", 0)
     (mine / "logs" / "old.log").write_text("")
@@ -71,7 +71,7 @@ def test_failing_command_tells_its_last_lines_and_its_log(tmp_path, monkeypatch)
     monkeypatch.setattr(commands.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(UserError, match=r"(?s)broken failed with code 3.*the reason.*step\.log"):
         demo.Runner(tmp_path, {})("step", ["broken"])
-    assert "the reason" in (tmp_path / "logs" / "step.log").read_text()
+    assert "the reason" in (tmp_path / "logs" / "step.log").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_table_and_files_tell_what_came_out(scored):
     assert table.splitlines()[-1].split() == ["mean", "1.000", "0.000", "-1.000"]
 
     demo.write_results(folder, scores, {"seed": 3}, 60.0)
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["mean_dice"]["SSLTrainer"]["mean"] == 0.0
     assert results["settings"]["seed"] == 3 and "smoke test" in results["remark"]
     rows = list(csv.DictReader((folder / "results.csv").open()))
@@ -119,7 +119,7 @@ def test_picture_shows_three_cases(scored):
 @pytest.mark.slow
 def test_whole_demo_within_ten_minutes(tmp_path, capsys):
     demo.run_demo(tmp_path / "demo")
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    results = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
     assert results["seconds"] < 600
     assert results["mean_dice"]["SSLTrainerSupervised"]["mean"] > 0.3
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000

@@ -14,7 +14,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_the_own_method_of_the_docs_trains_and_resumes(nnunet, no_plots, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (DOCS / "own_method.md").read_text(), re.S).group(1)
+    code = re.search(
+        r"```python\n(.*?)```", (DOCS / "own_method.md").read_text(encoding="utf-8"), re.S
+    ).group(1)
     (tmp_path / "SSLTrainerEntropy.py").write_text(code)
     monkeypatch.setenv("nnUNet_extTrainer", f"{discovery_folder()}{os.pathsep}{tmp_path}")
     found = recursive_find_trainer_class_by_name("SSLTrainerEntropy")
@@ -24,8 +26,10 @@ def test_the_own_method_of_the_docs_trains_and_resumes(nnunet, no_plots, tmp_pat
     base = nnunet / "nnUNet_preprocessed" / "Dataset901_Toy"
 
     def make():
-        plans = json.loads((base / "nnUNetPlans.json").read_text()) | {"continue_training": False}
-        dataset = json.loads((base / "dataset.json").read_text())
+        plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8")) | {
+            "continue_training": False
+        }
+        dataset = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
         return found(plans, "3d_fullres", "all", dataset, torch.device("cpu"))
 
     trainer = make()

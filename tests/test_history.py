@@ -84,7 +84,7 @@ def test_log_is_json_without_nan(tmp_path):
     history = History(tmp_path)
     history.append(record(0, seconds=INF, lr=-INF, nested={"a": [[NAN, 1.0]]}))
     history.append(record(1))
-    lines = history.path.read_text().splitlines()
+    lines = history.path.read_text(encoding="utf-8").splitlines()
     first, second = (json.loads(line, parse_constant=refuse) for line in lines)
     assert first["terms"] == {"sup": 1.0, "unsup": None}
     assert first["shares"]["pseudo"] == [0.1, None]
@@ -105,20 +105,20 @@ def test_cut_back_drops_later_epochs_and_torn_lines(torn, tmp_path):
     assert [r["epoch"] for r in continued.records] == [0, 1]
     continued.append(record(2))
     assert [r["epoch"] for r in read_log(continued.path)] == [0, 1, 2]
-    assert len(continued.path.read_text().splitlines()) == 3
+    assert len(continued.path.read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_cut_back_without_a_log_starts_an_empty_one(tmp_path):
     history = History(tmp_path)
     history.cut_back(5)
-    assert history.records == [] and history.path.read_text() == ""
+    assert history.records == [] and history.path.read_text(encoding="utf-8") == ""
 
 
 class Full(io.TextIOWrapper):
     """A text file on a full disk."""
 
-    def __init__(self, path, mode):
-        super().__init__(open(path, mode + "b"))  # noqa: SIM115
+    def __init__(self, path, mode, encoding):
+        super().__init__(open(path, mode + "b"), encoding=encoding)  # noqa: SIM115
 
     def write(self, text):
         super().write(text[: len(text) // 2])
@@ -132,7 +132,7 @@ def test_full_disk_names_the_log_and_a_later_run_mends_it(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"ssl_log\.jsonl: the disk is full\. Free some space"):
         history.append(record(1))
     monkeypatch.undo()
-    assert not history.path.read_text().endswith("\n")  # torn
+    assert not history.path.read_text(encoding="utf-8").endswith("\n")  # torn
     continued = History(tmp_path)
     continued.cut_back(1)
     continued.append(record(1))

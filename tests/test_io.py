@@ -15,7 +15,7 @@ def test_writes_and_replaces(tmp_path):
     path = tmp_path / "a.json"
     write_json({"a": [1, 2]}, path)
     write_json({"b": None}, str(path))
-    assert json.loads(path.read_text()) == {"b": None}
+    assert json.loads(path.read_text(encoding="utf-8")) == {"b": None}
     assert os.listdir(tmp_path) == ["a.json"]
 
 
@@ -24,9 +24,9 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
     write_text("old", path)
     with atomic_path(path) as part:
         part.write_text("half of the n")
-        assert path.read_text() == "old"
+        assert path.read_text(encoding="utf-8") == "old"
         part.write_text("new")
-    assert path.read_text() == "new"
+    assert path.read_text(encoding="utf-8") == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
@@ -51,7 +51,7 @@ def test_errors_leave_the_old_file_and_name_file_and_fix(number, words, tmp_path
     for word in [str(path), *words]:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
@@ -62,7 +62,7 @@ def test_other_errors_pass_as_they_are_and_leave_the_old_file(error, tmp_path):
     with pytest.raises(type(error)), atomic_path(path) as part:
         part.write_text("half")
         raise error
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
@@ -70,7 +70,7 @@ def test_what_is_no_json_leaves_the_old_file(tmp_path):
     write_json({}, tmp_path / "a.json")
     with pytest.raises(TypeError):
         write_json({"a": {1, 2}}, tmp_path / "a.json")
-    assert json.loads((tmp_path / "a.json").read_text()) == {}
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {}
     assert os.listdir(tmp_path) == ["a.json"]
 
 
@@ -99,7 +99,7 @@ def test_really_full_disk(tmp_path):
         open("/dev/full", "w") as full,
     ):
         full.write("x")
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert "disk is full" in explain_os_error(OSError(errno.ENOSPC, ""), path)
 
 

@@ -83,7 +83,7 @@ def run(source, *options):
 
 
 def record(raw_root, name):
-    return json.loads((raw_root / name / "conversion.json").read_text())
+    return json.loads((raw_root / name / "conversion.json").read_text(encoding="utf-8"))
 
 
 def load(path) -> sitk.Image:
@@ -124,7 +124,7 @@ def test_challenge_release(challenge, raw_root, heldout):
     np.testing.assert_allclose(made_image.GetSpacing(), SPACING, atol=1e-6)
     made_mask = load(folder / "labelsTr" / "patient099_frame12.nii.gz")
     np.testing.assert_array_equal(sitk.GetArrayFromImage(made_mask), mask)
-    about = json.loads((folder / "dataset.json").read_text())
+    about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     assert about["labels"]["left ventricle"] == 3
     assert about["numTraining"] == 14
 
@@ -269,7 +269,7 @@ def test_real_h5_files(tmp_path, raw_root, capsys):
     run(tmp_path / "ACDC", "--labeled", 2, "--allow-missing")
     folder = raw_root / "Dataset005_ACDC_2labeled"
     made = record(raw_root, folder.name)
-    assert made["labeled"] == (DATA / "ACDC" / "train.list").read_text().split()[:4]
+    assert made["labeled"] == (DATA / "ACDC" / "train.list").read_text(encoding="utf-8").split()[:4]
     # two patients are one: the same scans, annotated twice
     assert made["duplicates"] == [[f"patient07{i}_frame0{f}" for i in (4, 6)] for f in (1, 2)]
     assert made["groups"]["patient074_frame01"] == made["groups"]["patient076_frame01"]
@@ -281,5 +281,5 @@ def test_real_h5_files(tmp_path, raw_root, capsys):
     ):
         np.testing.assert_array_equal(sitk.GetArrayFromImage(load(path)), stored)
     for key, patients in (("train", TRAIN), ("val", VAL), ("test", TEST)):
-        lines = (DATA / "ACDC" / f"{key}.list").read_text().split()
+        lines = (DATA / "ACDC" / f"{key}.list").read_text(encoding="utf-8").split()
         assert lines == [f"{p}_frame0{f}" for p in patients for f in (1, 2)]

@@ -69,7 +69,7 @@ def test_channels_regions_and_splits(release, raw_root, heldout, capsys):
     told = capsys.readouterr().out
     assert "1 scans without masks are skipped: BraTS19_CBICA_AAM_1" in told
     folder, hidden = (r / "Dataset005_BraTS2019_2labeled" for r in (raw_root, heldout))
-    record = json.loads((folder / "conversion.json").read_text())
+    record = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
     assert record["order"] == LISTS["train"][:4]
     assert record["labeled"] == LISTS["train"][:2]
     assert names(folder / "imagesTr") == sorted(
@@ -83,7 +83,7 @@ def test_channels_regions_and_splits(release, raw_root, heldout, capsys):
     assert mask.GetOrigin() == (0, -239, 0)
     assert names(hidden / "test_labels") == [f"{LISTS['test'][0]}.nii.gz"]
     assert names(hidden / "val_labels") == [f"{LISTS['val'][0]}.nii.gz"]
-    rows = (folder / "cases.csv").read_text().split()
+    rows = (folder / "cases.csv").read_text(encoding="utf-8").split()
     assert rows == ["case,high_grade", f"{SOME[0]},1.0", f"{SOME[1]},0.0", f"{SOME[2]},", rows[4]]
 
 
@@ -91,7 +91,9 @@ def test_nnunet_restores_the_labels_from_the_regions(release, raw_root):
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # slow import
 
     run(release, "--allow-missing")
-    about = json.loads((raw_root / "Dataset005_BraTS2019" / "dataset.json").read_text())
+    about = json.loads(
+        (raw_root / "Dataset005_BraTS2019" / "dataset.json").read_text(encoding="utf-8")
+    )
     manager = PlansManager({}).get_label_manager(about)
     assert manager.has_regions
     labels = np.where(MASK == 4, 3, MASK)
@@ -117,8 +119,10 @@ def test_flair_protocol_and_h5_give_the_same_masks(release, raw_root, tmp_path):
     for data, kind in ((folder, "raw"), (cropped, "cropped-literature")):
         assert names(data / "imagesTr") == sorted(f"{c}_0000.nii.gz" for c in SOME[:4])
         np.testing.assert_array_equal(array(data / "labelsTr" / f"{SOME[0]}.nii.gz"), MASK > 0)
-        assert json.loads((data / "conversion.json").read_text())["protocol"] == kind
-        about = json.loads((data / "dataset.json").read_text())
+        assert (
+            json.loads((data / "conversion.json").read_text(encoding="utf-8"))["protocol"] == kind
+        )
+        about = json.loads((data / "dataset.json").read_text(encoding="utf-8"))
         assert about["labels"] == {"background": 0, "whole tumour": 1}
         assert "regions_class_order" not in about
 
@@ -138,7 +142,9 @@ def test_2020_with_the_mask_of_355(put, raw_root, tmp_path, capsys):
     assert "W39_1998.09.19_Segm.nii is taken as the mask of BraTS20_Training_355" in (
         capsys.readouterr().out
     )
-    record = json.loads((raw_root / "Dataset005_BraTS2020" / "conversion.json").read_text())
+    record = json.loads(
+        (raw_root / "Dataset005_BraTS2020" / "conversion.json").read_text(encoding="utf-8")
+    )
     cases = [f"BraTS20_Training_{n:03d}" for n in (1, 2, 3, 355)]
     assert record["order"] == by_hash(cases)
     assert record["sources"][cases[3]]["label"].endswith("W39_1998.09.19_Segm.nii")

@@ -71,7 +71,7 @@ def run(script, source, *options) -> int:
 
 
 def load(path: Path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------- selection
@@ -559,7 +559,7 @@ def test_case_table_and_regions(script, source, raw_root):
     normal, script.find = script.find, find
     run(script, source)
     folder = raw_root / "Dataset005_Toy_cropped"
-    rows = list(csv.DictReader((folder / "cases.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((folder / "cases.csv").read_text(encoding="utf-8").splitlines()))
     assert [r["case"] for r in rows] == SPLITS["train"]
     assert rows[1] == {"case": "a", "phase": "0", "age": "40.5"}
     assert load(folder / "dataset.json")["labels"]["all"] == [1, 2]
@@ -613,7 +613,7 @@ def test_command_lists_scripts(capsys):
     told = capsys.readouterr().out
     for name, text in scripts().items():
         assert name in told and text and text in told
-    table = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    table = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
     assert [n for n in scripts() if n != "folder" and f"`convert {n} -i " not in table] == []
     with pytest.raises(UserError, match=r"no conversion 'XYZ'.*MSD.*folder"):
         main(["XYZ"])

@@ -23,7 +23,7 @@ def run(source, *options):
 
 def load(raw_root, file="conversion.json"):
     (folder,) = raw_root.glob("Dataset005_*")
-    return json.loads((folder / file).read_text())
+    return json.loads((folder / file).read_text(encoding="utf-8"))
 
 
 def voxels(path: Path) -> np.ndarray:
@@ -129,7 +129,7 @@ def test_table(scans, raw_root, tmp_path, separator):
     assert record["order"] == ["p2_a", "p1_a", "p2_b"] and record["splits"]["test"] == ["p3_a"]
     assert record["labeled"] == ["p2_a"] and record["unlabeled"] == ["p1_a", "p2_b"]
     assert record["sources"]["p2_a"]["image"] == "scans/images/p2_a.nii.gz"
-    lines = (raw_root / record["name"] / "cases.csv").read_text().splitlines()
+    lines = (raw_root / record["name"] / "cases.csv").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["case,age", "p2_a,61.0"]
 
 

@@ -57,7 +57,7 @@ def run(source, *options):
 
 
 def load(folder):
-    return json.loads((folder / "conversion.json").read_text())
+    return json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
 
 
 def test_order_by_hash_never_changes_and_holds_for_every_part():
@@ -120,7 +120,7 @@ def test_pixel_size_groups_and_table(release, raw_root):
     np.testing.assert_allclose(image.GetSpacing(), (size, size), rtol=1e-5)
     np.testing.assert_allclose(mask.GetSpacing(), (size, size), rtol=1e-5)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(mask), ellipse((30, 40), (20, 25))[0])
-    rows = (folder / "cases.csv").read_text().split()
+    rows = (folder / "cases.csv").read_text(encoding="utf-8").split()
     assert rows[0] == "case,pixel_size", "the circumference comes from the annotation"
     assert f"{name},{size}" in rows
 
@@ -166,12 +166,12 @@ def test_test_images_are_another_numbering(release, raw_root, heldout):
     groups = {k: {record["groups"][c] for c in record["splits"][k]} for k in ("train", "test")}
     assert len(groups["test"]) == 2
     assert not groups["test"] & groups["train"]
-    assert (folder / "cases.csv").read_text().split()[-1] == "test_010_HC,0.31"
+    assert (folder / "cases.csv").read_text(encoding="utf-8").split()[-1] == "test_010_HC,0.31"
 
 
 def test_refusals(release, raw_root, tmp_path):
     table = release / "training_set_pixel_size_and_HC.csv"
-    text = table.read_text()
+    text = table.read_text(encoding="utf-8")
     for new, told in (
         (
             text.replace("010_HC.png", "011_HC.png"),

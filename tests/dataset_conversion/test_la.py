@@ -80,7 +80,7 @@ def run(source, *options):
 
 
 def record(raw_root, name):
-    return json.loads((raw_root / name / "conversion.json").read_text())
+    return json.loads((raw_root / name / "conversion.json").read_text(encoding="utf-8"))
 
 
 def test_published_lists():
@@ -312,8 +312,14 @@ def test_real_h5_files(tmp_path, raw_root, few):
     (tmp_path / "test.txt").write_text(TRAIN[79])
     run(tmp_path / "LA", *few)
     folder = raw_root / "Dataset005_LA_cropped"
-    assert published_list("LA_train.txt") == (DATA / "LA" / "train.list").read_text().split()
-    assert published_list("LA_test.txt") == (DATA / "LA" / "test.list").read_text().split()
+    assert (
+        published_list("LA_train.txt")
+        == (DATA / "LA" / "train.list").read_text(encoding="utf-8").split()
+    )
+    assert (
+        published_list("LA_test.txt")
+        == (DATA / "LA" / "test.list").read_text(encoding="utf-8").split()
+    )
     for name in TRAIN[:2]:
         with h5py.File(tmp_path / "LA" / "2018LA_Seg_Training Set" / name / "mri_norm2.h5") as file:
             image, label = (file[k][()].transpose(2, 1, 0) for k in ("image", "label"))

@@ -65,7 +65,7 @@ def test_channels_labels_and_test_set(task, raw_root, heldout, make_case):
         "prostate_03.nii.gz",
         "prostate_04.nii.gz",
     ]
-    about = json.loads((folder / "dataset.json").read_text())
+    about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     assert about["channel_names"] == {"0": "T2", "1": "ADC"}
     assert about["labels"] == {"background": 0, "PZ": 1, "TZ": 2}
     assert about["licence"] == "CC-BY-SA 4.0" and about["file_ending"] == ".nii.gz"
@@ -83,7 +83,7 @@ def test_channels_labels_and_test_set(task, raw_root, heldout, make_case):
 def test_test_images_as_unlabeled_ones(task, raw_root, capsys):
     run(task.parent, "--use-test-images")  # the folder around the task will do
     folder = raw_root / "Dataset005_PROSTATE"
-    record = json.loads((folder / "conversion.json").read_text())
+    record = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
     assert record["dropped"] == ["prostate_07"], "a copy of an annotated image"
     assert record["unlabeled"] == ["prostate_08"]
     assert "mask" not in record["sources"]["prostate_08"]

@@ -98,7 +98,7 @@ def run(source, *options):
 
 
 def record(raw_root, name):
-    return json.loads((raw_root / name / "conversion.json").read_text())
+    return json.loads((raw_root / name / "conversion.json").read_text(encoding="utf-8"))
 
 
 def load(path) -> np.ndarray:
@@ -159,7 +159,9 @@ def test_tcia_release(tcia, raw_root, heldout):
     np.testing.assert_array_equal(
         load(hidden / "test_labels" / f"{TEST[0]}.nii.gz"), make_abdomen(2)[1]
     )
-    assert json.loads((folder / "dataset.json").read_text())["channel_names"] == {"0": "CT"}
+    assert json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["channel_names"] == {
+        "0": "CT"
+    }
 
 
 def naive_mc_net(hu, mask):
@@ -196,7 +198,7 @@ def test_cropped_as_published(tmp_path, raw_root):
     made = record(raw_root, folder.name)
     assert made["protocol"] == "cropped-literature"
     assert made["notes"][TRAIN[0]]["mask_mirrored_in"] == "y"
-    channels = json.loads((folder / "dataset.json").read_text())["channel_names"]
+    channels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["channel_names"]
     assert channels == {"0": "windowed CT"}  # z-scored by nnU-Net
 
 

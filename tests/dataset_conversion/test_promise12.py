@@ -57,7 +57,7 @@ def run(source, *options):
 
 
 def record(raw_root, name):
-    return json.loads((raw_root / name / "conversion.json").read_text())
+    return json.loads((raw_root / name / "conversion.json").read_text(encoding="utf-8"))
 
 
 def cases(*numbers: int) -> list[str]:

@@ -41,7 +41,7 @@ def run(source, *options):
 
 
 def load(folder):
-    return json.loads((folder / "conversion.json").read_text())
+    return json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
 
 
 def test_planes_masks_and_groups(release, raw_root, heldout):

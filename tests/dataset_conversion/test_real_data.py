@@ -34,7 +34,7 @@ def convert(name, source, *options):
 
 
 def lines(path) -> list[str]:
-    return path.read_text().split()
+    return path.read_text(encoding="utf-8").split()
 
 
 class Result:
@@ -43,7 +43,7 @@ class Result:
     def __init__(self, raw_root, name, values, train, missing=()):
         self.raw = raw_root / name
         self.hidden = raw_root.parent / "nnunet_ssl_heldout" / name
-        self.record = json.loads((self.raw / "conversion.json").read_text())
+        self.record = json.loads((self.raw / "conversion.json").read_text(encoding="utf-8"))
         record = self.record
         assert record["order"] == train
         assert record["missing"] == list(missing)

@@ -77,7 +77,7 @@ def run_fake(command: list[str], environment: dict[str, str]) -> None:
 def validate(model: Path, raw: Path, environment: dict[str, str], fold: int) -> None:
     """Leave segmentations of a fold's validation cases."""
     base = Path(environment["nnUNet_preprocessed"]) / raw.name
-    splits = json.loads((base / "splits_final.json").read_text())
+    splits = json.loads((base / "splits_final.json").read_text(encoding="utf-8"))
     (model / "validation").mkdir(exist_ok=True)
     for case in splits[fold]["val"]:
         shutil.copy(raw / "labelsTr" / f"{case}.nii.gz", model / "validation")

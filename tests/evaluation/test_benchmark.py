@@ -78,7 +78,7 @@ def run(place):
 
 
 def runs(place, folder="out"):
-    return json.loads((place / folder / "runs.json").read_text())
+    return json.loads((place / folder / "runs.json").read_text(encoding="utf-8"))
 
 
 def results(place, folder="out"):
@@ -110,7 +110,7 @@ def test_tables_hold_every_cell(place, commands, run, capsys):
     assert method["versions"]["nnunetv2"] and method["hardware"]["cores"] == 1
     for key in ("predictions", "ssl_log", "log"):
         assert (place / "out" / method[key]).exists() and not Path(method[key]).is_absolute()
-    assert str(place) not in (place / "out" / "runs.json").read_text()
+    assert str(place) not in (place / "out" / "runs.json").read_text(encoding="utf-8")
     assert "-tr SSLTrainer+num_epochs=2" in method["commands"][0]
     assert "-chk checkpoint_final.pth" in method["commands"][1]
 
@@ -129,7 +129,10 @@ def test_tables_hold_every_cell(place, commands, run, capsys):
 def test_draws_share_test_cases_and_no_nnunet_folder_holds_them(place, commands, run):
     run()
     out = place / "out"
-    splits = [json.loads(p.read_text()) for p in sorted(out.glob("nnUNet_raw/*/split.json"))]
+    splits = [
+        json.loads(p.read_text(encoding="utf-8"))
+        for p in sorted(out.glob("nnUNet_raw/*/split.json"))
+    ]
     assert len(splits) == 2 and splits[0]["labeled"] == ["tr_000", "tr_001"]
     assert set(splits[0]["labeled"]) != set(splits[1]["labeled"])
     for split in splits:
@@ -148,7 +151,10 @@ def test_groups_are_budget_and_test(place, commands, run):
     text = SPEC.replace("source: Dataset901_Toy", new).replace("last: 2", "last: 1")
     (place / "toy.yaml").write_text(text.replace("[2]", "[1]"))
     run_benchmark(place / "toy.yaml", place / "out")
-    splits = [json.loads(p.read_text()) for p in (place / "out").glob("nnUNet_raw/*/split.json")]
+    splits = [
+        json.loads(p.read_text(encoding="utf-8"))
+        for p in (place / "out").glob("nnUNet_raw/*/split.json")
+    ]
     for split in splits:
         first, second = sorted(split["labeled"])
         assert int(first[-1]) // 2 == int(second[-1]) // 2 and len(split["unlabeled"]) == 4
@@ -184,7 +190,11 @@ def test_pseudo_labels_are_scored_along_training(place, commands, run):
     assert len(rows) == 3 * 3 * 2 and {float(r["value"]) for r in rows} == {1.0}
     assert "+keep_at=0.4,0.7+" in method["trainer"]
     write_report(place / "out", place / "report.html")  # reads what the runner writes
-    plot = (place / "report.html").read_text().split('aria-label="Pseudo-labels, 2 annotated')[1]
+    plot = (
+        (place / "report.html")
+        .read_text(encoding="utf-8")
+        .split('aria-label="Pseudo-labels, 2 annotated')[1]
+    )
     assert all(f">{tick}<" in plot.split("</svg>")[0] for tick in (40, 70, 100))
     asked = [c for c in commands.ran if "checkpoint_at_" in c]
     assert len(asked) == 4 and all("--disable_tta" in c for c in asked)
@@ -210,7 +220,9 @@ def test_test_cases_of_their_own(place, commands, run, way):
         (held / "labels").symlink_to(held / "labelsTs")
     assert run("last: 2", new) == 0
     assert {r["case"] for r in results(place)} == {"ts_000", "ts_001"}
-    split = json.loads(next((place / "out").glob("nnUNet_raw/*_2labeled/split.json")).read_text())
+    split = json.loads(
+        next((place / "out").glob("nnUNet_raw/*_2labeled/split.json")).read_text(encoding="utf-8")
+    )
     assert len(split["unlabeled"]) == 6
     assert not (place / "out" / "test").exists()
 
@@ -259,7 +271,7 @@ def test_begun_training_continues(place, commands, run):
     commands.broken = "nnUNetv2_predict"
     assert run() == 1
     state = next((place / "out" / "cells").glob("2labeled_draw0*Supervised/state.json"))
-    content = json.loads(state.read_text())
+    content = json.loads(state.read_text(encoding="utf-8"))
     del content["stages"]["train"]
     state.write_text(json.dumps(content))  # as if killed before its end was noted
     commands.broken = None
@@ -297,7 +309,7 @@ def test_failed_cell_keeps_its_log_and_stops_no_other(place, commands, run, caps
     assert [c["state"] for c in cells] == ["done", "failed"] * 2
     assert "train: The command failed with code 1: no such thing" in cells[1]["error"]
     log = place / "out" / cells[1]["log"] / "train.log"
-    assert "nnUNetv2_train 1 2d all -tr SSLTrainer+" in log.read_text()
+    assert "nnUNetv2_train 1 2d all -tr SSLTrainer+" in log.read_text(encoding="utf-8")
     assert {r["role"] for r in results(place)} == {"twin"}
     out = capsys.readouterr().out
     assert "SSLTrainer: FAILED" in out and "Failed: 2labeled_draw0_seed1_SSLTrainer" in out
@@ -307,7 +319,7 @@ def test_failed_cell_keeps_its_log_and_stops_no_other(place, commands, run, caps
     assert run() == 0
     assert sum("nnUNetv2_train" in c for c in commands.ran) == 2  # the failed ones alone
     assert [c["error"] for c in runs(place)["cells"]] == [None] * 4
-    assert log.read_text().count("nnUNetv2_train") == 2
+    assert log.read_text(encoding="utf-8").count("nnUNetv2_train") == 2
 
 
 def test_a_data_set_that_cannot_be_planned_fails_its_cells(place, commands, run):
@@ -477,7 +489,7 @@ def wait_for(condition, seconds=300):
 
 def alive(pid):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").split()[2] != "Z"
     except OSError:
         return False
 
@@ -497,7 +509,7 @@ def test_runner_killed_with_all_it_started_goes_on(place, programs):
             assert second.returncode == 2 and "Another runner works in" in second.stderr
         finally:
             first.send_signal(signal.SIGKILL)
-    (pid,) = [int(p.read_text()) for p in programs.glob("*.pid")]
+    (pid,) = [int(p.read_text(encoding="utf-8")) for p in programs.glob("*.pid")]
     wait_for(lambda: not alive(pid))
     group = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(place / "bin" / "nnUNetv2_train") not in group  # nor its child
@@ -506,7 +518,9 @@ def test_runner_killed_with_all_it_started_goes_on(place, programs):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "split done" not in done.stdout and "train done" in done.stdout
-    ran = sorted(p.read_text().split()[0] for p in programs.iterdir() if p.suffix != ".pid")
+    ran = sorted(
+        p.read_text(encoding="utf-8").split()[0] for p in programs.iterdir() if p.suffix != ".pid"
+    )
     assert ran == ["nnUNetv2_predict"] * 2 + ["nnUNetv2_train"] * 2 + ["nnunet_ssl"]
     assert {c["state"] for c in runs(place)["cells"]} == {"done"}
 

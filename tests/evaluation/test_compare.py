@@ -46,7 +46,7 @@ def run(tmp_path):
 
 def test_each_fold_of_twin_and_method_is_scored_and_reported(commands, run, tmp_path, capsys):
     assert run("SSLTrainer+num_epochs=3", "SSLTrainerFixMatch+num_epochs=3+threshold=0.9") == 0
-    content = json.loads((tmp_path / "out" / "runs.json").read_text())
+    content = json.loads((tmp_path / "out" / "runs.json").read_text(encoding="utf-8"))
     cells = content["cells"]
     assert content["units"] == "folds" and content["labels"] == {"organ1": 1, "organ2": 2}
     assert content["command"].startswith("nnunet_ssl compare -d 901 -c 2d -tr SSLTrainer+num_ep")
@@ -64,7 +64,7 @@ def test_each_fold_of_twin_and_method_is_scored_and_reported(commands, run, tmp_
     found = {(r["name"], r["fold"], r["case"]) for r in rows}
     assert found == {(n, str(k), f"tr_{k:03d}") for n in names for k in range(3)}
     assert {float(r["value"]) for r in rows} == {1.0}
-    assert "<html" in (tmp_path / "out" / "report.html").read_text()
+    assert "<html" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     out = capsys.readouterr().out
     assert "3 folds, 9 trainings to run" in out and "In all about 1 h 30 min" in out
 
@@ -87,7 +87,7 @@ def test_a_fold_that_fails_is_tried_again(commands, run, tmp_path, monkeypatch):
     monkeypatch.setattr("nnunet_ssl.evaluation.report.write_report", lambda folder, output: None)
     commands.broken = "2d 1 -tr SSLTrainer "
     assert run() == 1
-    cells = json.loads((tmp_path / "out" / "runs.json").read_text())["cells"]
+    cells = json.loads((tmp_path / "out" / "runs.json").read_text(encoding="utf-8"))["cells"]
     assert [c["id"] for c in cells if c["state"] == "failed"] == ["fold1_SSLTrainer"]
     commands.broken, commands.ran = None, []
     assert run() == 0 and len(commands.ran) == 1
@@ -111,7 +111,7 @@ def test_an_earlier_training_counts_if_it_is_of_these_data(commands, run, monkey
     with pytest.raises(UserError, match=refused.format("validation cases")):
         run()
     case.with_name("tr_000.nii.gz").rename(case)
-    plans = (model / "plans.json").read_text()
+    plans = (model / "plans.json").read_text(encoding="utf-8")
     (model / "plans.json").write_text(plans.replace("nnUNetPlans", "others"))
     with pytest.raises(UserError, match=refused.format("plans.json")):
         run()

@@ -87,7 +87,7 @@ def test_scores_equal_medpy_case_by_case(folders):
         "sd": pytest.approx(np.std(dice, ddof=1)),
         "n": 3,
     }
-    assert summary == json.loads((folders[2] / "summary.json").read_text())
+    assert summary == json.loads((folders[2] / "summary.json").read_text(encoding="utf-8"))
 
 
 def test_processes_and_the_command_give_the_same_files(folders, capsys):

@@ -56,7 +56,7 @@ class Text(HTMLParser):
 def page(folder, tmp_path):
     path = tmp_path / "report.html"
     write_report(folder, path)
-    html = path.read_text()
+    html = path.read_text(encoding="utf-8")
     parser = Text()
     parser.feed(html)
     return html, " ".join(" ".join(parser.parts).split())
@@ -296,7 +296,7 @@ def test_mixed_protocols_data_sets_and_test_cases_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"spec.yaml says protocol cropped-literature, but"):
         Runs(spec)
     folder = make_folder(tmp_path / "cases", block(), scores)
-    lines = (folder / "results.csv").read_text().splitlines()
+    lines = (folder / "results.csv").read_text(encoding="utf-8").splitlines()
     (folder / "results.csv").write_text("\n".join(lines[:-2]))
     with pytest.raises(UserError, match=r"were tested on different cases \(case_04\)"):
         Runs(folder)

@@ -24,7 +24,7 @@ def plan(*configurations, **options):
 
 
 def load(path):
-    return json.loads(Path(path).read_text())
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 class FewerVoxels(DatasetFingerprintExtractor):
@@ -216,7 +216,7 @@ def test_values_per_case_are_carried_to_the_preprocessed_data(toy, base):
     base.mkdir()
     (base / "cases.csv").write_text("case,old\n")
     plan()
-    assert (base / "cases.csv").read_text() == "case,old\n"  # nothing to carry
+    assert (base / "cases.csv").read_text(encoding="utf-8") == "case,old\n"  # nothing to carry
     (toy / "cases.csv").write_text("case,phase\ntr_000,ED\n")
     plan(keep_plans=True)
-    assert (base / "cases.csv").read_text() == "case,phase\ntr_000,ED\n"
+    assert (base / "cases.csv").read_text(encoding="utf-8") == "case,phase\ntr_000,ED\n"

@@ -59,7 +59,7 @@ def test_scans_without_masks_equal_nnunets_preprocessing(toy, base):
     assert names(base / LABELED) == files_of("tr_000", "tr_001", "tr_002")
     assert set(infer_dataset_class(str(folder)).get_identifiers(str(folder))) == set(CASES)
 
-    plans = json.loads((base / "nnUNetPlans.json").read_text())
+    plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8"))
     manager = PlansManager(plans)
     image = str(toy / "imagesUn" / "un_000_0000.nii.gz")
     data, seg, _ = DefaultPreprocessor(verbose=False).run_case(
@@ -121,7 +121,7 @@ def test_only_what_changed_is_made_anew(toy, base, calls):
     plan()
     assert calls == ["un_001"]
     assert names(base / UNLABELED) == files_of("un_000", "un_001", "un_002", "un_004")
-    manifest = json.loads((base / f"{UNLABELED}.json").read_text())
+    manifest = json.loads((base / f"{UNLABELED}.json").read_text(encoding="utf-8"))
     assert list(manifest["cases"]) == ["un_000", "un_001", "un_002", "un_004"]
     calls.clear()
 
@@ -133,7 +133,7 @@ def test_only_what_changed_is_made_anew(toy, base, calls):
 
     plan(overwrite_target_spacing=(2, 2, 2))  # other voxels for all
     assert calls == ["un_000", "un_001", "un_002", "un_004"]
-    stored = json.loads((base / f"{UNLABELED}.json").read_text())
+    stored = json.loads((base / f"{UNLABELED}.json").read_text(encoding="utf-8"))
     assert stored["preprocessing"] != manifest["preprocessing"]
 
 
@@ -142,7 +142,7 @@ def test_stale_manifest_does_not_survive_a_failure(toy, base, monkeypatch):
     monkeypatch.setattr(preprocessing, "preprocess_unlabeled_case", fail)
     with pytest.raises(ZeroDivisionError):
         plan(overwrite_target_spacing=(2, 2, 2))
-    plans = json.loads((base / "nnUNetPlans.json").read_text())
+    plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8"))
     with pytest.raises(UserError, match="not preprocessed for configuration 3d_fullres"):
         read_manifest(base, plans, "3d_fullres")
 
@@ -206,7 +206,7 @@ def test_removed_annotated_case_leaves_the_folder(toy, base):
     plan()
     for path in toy.glob("*/tr_002*"):
         path.unlink()
-    content = json.loads((toy / "dataset.json").read_text())
+    content = json.loads((toy / "dataset.json").read_text(encoding="utf-8"))
     (toy / "dataset.json").write_text(json.dumps(content | {"numTraining": 2}))
     with pytest.raises(UserError, match=r"splits_final.json names tr_002 in fold 0.*delete"):
         plan()
@@ -220,10 +220,10 @@ def test_several_processes_give_the_same(roots, base, monkeypatch):
     make_raw_dataset(roots / "raw", num_labeled=2, num_unlabeled=3, channels=2)
     plan()
     before = {p.name: blosc2.open(str(p), mode="r")[:] for p in base.glob("*/*.b2nd")}
-    manifest = (base / f"{UNLABELED}.json").read_text()
+    manifest = (base / f"{UNLABELED}.json").read_text(encoding="utf-8")
     shutil.rmtree(base)
     plan_and_preprocess(901, ["3d_fullres"], num_processes=2, fingerprint_processes=1)
-    assert (base / f"{UNLABELED}.json").read_text() == manifest
+    assert (base / f"{UNLABELED}.json").read_text(encoding="utf-8") == manifest
     assert len(before) == 10
     for path in base.glob("*/*.b2nd"):
         np.testing.assert_array_equal(blosc2.open(str(path), mode="r")[:], before[path.name])

@@ -120,13 +120,13 @@ def test_bad_dataset_json(toy, base, content, words):
 
 
 def test_wrong_number_of_annotated_cases(toy, base):
-    content = json.loads((toy / "dataset.json").read_text())
+    content = json.loads((toy / "dataset.json").read_text(encoding="utf-8"))
     (toy / "dataset.json").write_text(json.dumps(content | {"numTraining": 7}))
     refused(base, toy / "dataset.json", "numTraining 7", "there are 3 annotated", "Correct")
 
 
 def test_reads_the_dataset_key(toy, roots):
-    content = json.loads((toy / "dataset.json").read_text())
+    content = json.loads((toy / "dataset.json").read_text(encoding="utf-8"))
     (toy / "imagesTr").rename(toy / "elsewhere")
     content["dataset"] = {
         f"case{i}": {

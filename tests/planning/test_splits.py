@@ -43,7 +43,7 @@ def folders(tmp_path):
 
 
 def stored(folder):
-    return json.loads((folder / "splits_final.json").read_text())
+    return json.loads((folder / "splits_final.json").read_text(encoding="utf-8"))
 
 
 def test_writes_both_files_and_says_when_validation_is_training(folders, capsys):
@@ -145,9 +145,11 @@ def test_split_by_name(source, roots, capsys):
     assert link.is_symlink()
     assert link.resolve() == (source / "imagesTr" / "tr_005_0001.nii.gz").resolve()
 
-    content = json.loads((source / "dataset.json").read_text())
-    assert json.loads((new / "dataset.json").read_text()) == content | {"numTraining": 3}
-    split = json.loads((new / "split.json").read_text())
+    content = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
+    assert json.loads((new / "dataset.json").read_text(encoding="utf-8")) == content | {
+        "numTraining": 3
+    }
+    split = json.loads((new / "split.json").read_text(encoding="utf-8"))
     assert split["source"] == "Dataset901_Toy"
     assert (split["labeled"], split["unlabeled"]) == (first, rest)
     assert "3 annotated, 5 without masks, 2 for testing, 0 unused" in capsys.readouterr().out
@@ -160,7 +162,7 @@ def test_split_by_list_with_test_file(source, roots, tmp_path):
     test.write_text("tr_001\ntr_009\n")
     new = split_dataset(901, 902, labeled=1, list_file=order, test=test, name="Few", copy=True)
     assert new.name == "Dataset902_Few"
-    split = json.loads((new / "split.json").read_text())
+    split = json.loads((new / "split.json").read_text(encoding="utf-8"))
     assert split["labeled"] == ["tr_007"]
     assert split["unlabeled"] == ["tr_002", "tr_000"]
     assert split["test"] == ["tr_001", "tr_009"]
@@ -176,7 +178,10 @@ def test_draws_are_seeded_differ_and_share_their_test_cases(source, roots, tmp_p
     other = split_dataset(901, 903, labeled=4, draw=2, test=3)
     again = split_dataset(901, 904, labeled=4, draw=1, test=3)
     more = split_dataset(901, 905, labeled=5, draw=1, test=3)
-    a, b, c, d = (json.loads((f / "split.json").read_text()) for f in (first, other, again, more))
+    a, b, c, d = (
+        json.loads((f / "split.json").read_text(encoding="utf-8"))
+        for f in (first, other, again, more)
+    )
     assert a["labeled"] == c["labeled"] != b["labeled"]
     assert d["labeled"][:4] == a["labeled"]  # more labels extend fewer
     assert a["test"] == b["test"] == ["tr_007", "tr_008", "tr_009"]
@@ -185,7 +190,7 @@ def test_draws_are_seeded_differ_and_share_their_test_cases(source, roots, tmp_p
     order.write_text("tr_005\ntr_003\ntr_001\ntr_004\n")
     zero = split_dataset(source, 906, labeled=2, draw=0, list_file=order, test=1)  # by folder
     assert zero.name == "Dataset906_Toy_2labeled"
-    split = json.loads((zero / "split.json").read_text())
+    split = json.loads((zero / "split.json").read_text(encoding="utf-8"))
     assert (split["labeled"], split["unlabeled"]) == (["tr_005", "tr_003"], ["tr_001"])
 
 
@@ -193,7 +198,7 @@ def test_draws_are_seeded_differ_and_share_their_test_cases(source, roots, tmp_p
 def test_groups_are_counted_and_stay_whole(source, roots, draw):
     groups = {f"tr_{i:03d}": f"patient{i // 2}" for i in range(10)}
     new = split_dataset(901, 902, labeled=2, draw=draw, test=1, groups=groups)
-    split = json.loads((new / "split.json").read_text())
+    split = json.loads((new / "split.json").read_text(encoding="utf-8"))
     assert split["test"] == ["tr_008", "tr_009"]
     assert (len(split["labeled"]), len(split["unlabeled"])) == (4, 4)
     sides = [{groups[c] for c in split[side]} for side in ("labeled", "unlabeled", "test")]
@@ -208,7 +213,7 @@ def test_values_per_case_go_with_their_cases(source, roots, base):
     rows = [f'tr_{i:03d},"site {i % 2}, old"' for i in range(10)]
     (source / "cases.csv").write_text("\n".join(["case,site", *rows]))
     new = split_dataset(901, 902, labeled=2, test=3)
-    assert (new / "cases.csv").read_text().splitlines() == ["case,site", *rows[:7]]
+    assert (new / "cases.csv").read_text(encoding="utf-8").splitlines() == ["case,site", *rows[:7]]
     assert not list((roots / "nnunet_ssl_heldout").rglob("cases.csv"))
 
 

@@ -151,9 +151,16 @@ def test_on_labeled_is_the_mean_over_all_patches(ready):
 
 def planned(nnunet, batch_size):
     base = nnunet / "nnUNet_preprocessed" / "Dataset901_Toy"
-    plans = json.loads((base / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8")) | {
+        "continue_training": False
+    }
     plans["configurations"]["3d_fullres"]["batch_size"] = batch_size
-    return plans, "3d_fullres", "all", json.loads((base / "dataset.json").read_text())
+    return (
+        plans,
+        "3d_fullres",
+        "all",
+        json.loads((base / "dataset.json").read_text(encoding="utf-8")),
+    )
 
 
 def test_a_batch_of_one_patch_cannot_be_mixed(nnunet):
@@ -171,8 +178,8 @@ def test_odd_batches(nnunet, no_plots, size, settings):
 
 def test_only_a_peer_of_the_other_architecture_needs_a_unet(nnunet):
     base = nnunet / "nnUNet_preprocessed" / "Dataset901_Toy"
-    plans = json.loads((base / "nnUNetPlans.json").read_text())
-    dataset = json.loads((base / "dataset.json").read_text())
+    plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    dataset = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
     architecture = plans["configurations"]["3d_fullres"]["architecture"]
     architecture["network_class_name"] = "some.package.Primus"
     resolve("SSLTrainerCPS+seed=1").refuse_unsupported(plans, "3d_fullres", dataset)

@@ -24,7 +24,7 @@ def test_losses_are_the_known_ones(name, make_trainer, request):
     path = GOLDEN / f"{name}.json"
     if request.config.getoption("--rewrite-golden"):
         path.write_text(json.dumps(losses, indent=1) + "\n")
-    known = json.loads(path.read_text())
+    known = json.loads(path.read_text(encoding="utf-8"))
     assert [e.keys() for e in losses] == [e.keys() for e in known]
     for epoch, expected in zip(losses, known, strict=True):
         assert epoch == pytest.approx(expected, rel=2e-3, abs=2e-3)

@@ -55,7 +55,7 @@ def test_twin_does_not_need_unlabeled_data(own_data, make_trainer):
 def test_preprocessed_for_other_plans(own_data, make_trainer):
     _, preprocessed = own_data
     path = preprocessed / "nnUNetPlans.json"
-    plans = json.loads(path.read_text())
+    plans = json.loads(path.read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
     path.write_text(json.dumps(plans))
     with pytest.raises(UserError, match=r"belongs to plans.*preprocess differently"):
@@ -69,7 +69,7 @@ def test_case_of_both_kinds(own_data, make_trainer):
     for ending in (".b2nd", "_seg.b2nd", ".pkl"):
         shutil.copy(folder / (case + ending), f"{folder}_unlabeled/{case}{ending}")
     manifest = Path(f"{folder}_unlabeled.json")
-    content = json.loads(manifest.read_text())
+    content = json.loads(manifest.read_text(encoding="utf-8"))
     content["cases"][case] = {"content": "x"}
     manifest.write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"Case '{case}' is in imagesTr and in imagesUn"):
@@ -99,7 +99,7 @@ def test_split_names_a_case_without_mask(own_data, make_trainer):
     raw, preprocessed = own_data
     unlabeled = sorted(p.name for p in (raw / "imagesUn").iterdir())[0].removesuffix("_0000.nii.gz")
     path = preprocessed / "splits_final.json"
-    splits = json.loads(path.read_text())
+    splits = json.loads(path.read_text(encoding="utf-8"))
     splits[0]["train"].append(unlabeled)
     path.write_text(json.dumps(splits))
     with pytest.raises(UserError, match=rf"splits_final\.json, fold 0, names '{unlabeled}'"):
@@ -173,11 +173,11 @@ def test_unsupported_is_refused_before_a_folder_is_made(
         monkeypatch.setattr(SemiSupervisedTrainer, "dims", ("2d",))
     else:
         path = preprocessed / "nnUNetPlans.json"
-        plans = json.loads(path.read_text())
+        plans = json.loads(path.read_text(encoding="utf-8"))
         change(plans["configurations"]["3d_fullres"])
         path.write_text(json.dumps(plans))
     with pytest.raises(NotImplementedError, match=rf"SSLTrainer.* does not support {feature}"):
-        make_trainer("SSLTrainer")
+        make_trainer("SSLTrainer", configuration="3d_fullres")
     assert not (tmp_path / "results").exists()
 
 
@@ -546,7 +546,7 @@ def test_both_directions_of_bcp_reach_forced_patches(make_trainer, monkeypatch):
 
 def edit_plans(preprocessed, edit):
     path = preprocessed / "nnUNetPlans.json"
-    plans = json.loads(path.read_text())
+    plans = json.loads(path.read_text(encoding="utf-8"))
     edit(plans["configurations"])
     path.write_text(json.dumps(plans))
 

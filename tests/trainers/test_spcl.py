@@ -70,7 +70,11 @@ def test_pretraining_opens_no_mask_from_start_to_end(
         trainer.perform_actual_validation()
         folder = Path(trainer.output_folder)
         terms = [r["terms"] for r in read_log(folder / "ssl_log.jsonl")]
-        return trainer, terms, json.loads((folder / "meta_label_retrieval.json").read_text())
+        return (
+            trainer,
+            terms,
+            json.loads((folder / "meta_label_retrieval.json").read_text(encoding="utf-8")),
+        )
 
     with_masks = run("first")
     # no annotation is left anywhere
@@ -243,7 +247,7 @@ def test_half_precision_gives_the_same_contrast(ready):
 
 def test_residual_encoders_work_too(own_data, make_trainer):
     path = own_data / "nnUNetPlans.json"
-    plans = json.loads(path.read_text())
+    plans = json.loads(path.read_text(encoding="utf-8"))
     for configuration in plans["configurations"].values():
         if "architecture" in configuration:
             arch = configuration["architecture"]
@@ -287,7 +291,7 @@ def test_columns_of_the_table_become_labels(own_data, ready):
     labels, counted = trainer.label_values(batch.meta_u, batch.valid_u, 1)
     truth = {
         line.split(",")[0]: line.split(",")[1:]
-        for line in (own_data / "cases.csv").read_text().splitlines()
+        for line in (own_data / "cases.csv").read_text(encoding="utf-8").splitlines()
     }
     assert counted.all()
     for i, key in enumerate(batch.keys_u):
@@ -314,7 +318,7 @@ def test_labels_that_tell_nothing_are_left_out_and_told(own_data, make_trainer):
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     assert trainer.used_labels == ["partition"]
-    log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
+    log = next(Path(trainer.output_folder).glob("training_log*")).read_text(encoding="utf-8")
     assert "meta-label phase is left out: it is the same for all cases" in log
     trainer.train_step(next(trainer.dataloader_train))
     with pytest.raises(UserError, match=r"No meta-label .* is left for Dataset901_Toy.*cases\.csv"):
@@ -394,7 +398,7 @@ def test_validation_of_an_epoch_is_logged_in_place_of_dice(make_trainer):
         assert 0 <= record["pseudo_labels"]["retrieval_partition"] <= 1
         assert record["pseudo_dice"] == {} and "sup" not in record["terms"]
         assert record["patches"]["labeled"] == 0 and record["patches"]["unlabeled"] > 0
-    log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
+    log = next(Path(trainer.output_folder).glob("training_log*")).read_text(encoding="utf-8")
     assert "Nearest slice has the same meta-label: partition" in log
 
 

@@ -136,9 +136,16 @@ def test_settings_that_do_not_fit_are_named():
 
 def planned(nnunet, batch_size):
     base = nnunet / "nnUNet_preprocessed" / "Dataset901_Toy"
-    plans = json.loads((base / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8")) | {
+        "continue_training": False
+    }
     plans["configurations"]["3d_fullres"]["batch_size"] = batch_size
-    return plans, "3d_fullres", "all", json.loads((base / "dataset.json").read_text())
+    return (
+        plans,
+        "3d_fullres",
+        "all",
+        json.loads((base / "dataset.json").read_text(encoding="utf-8")),
+    )
 
 
 def test_a_batch_of_one_patch_has_no_boxes_to_take(nnunet):
