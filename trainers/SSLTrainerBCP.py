@@ -5,12 +5,13 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nnunet_ssl.base import SemiSupervisedTrainer, Terms
+from nnunet_ssl.base import Terms
+from nnunet_ssl.copy_paste import CopyPasteTrainer
 from nnunet_ssl.data.batch import Batch
-from nnunet_ssl.functional import hard_labels, random_boxes
+from nnunet_ssl.functional import random_boxes
 
 
-class SSLTrainerBCP(SemiSupervisedTrainer):
+class SSLTrainerBCP(CopyPasteTrainer):
     """Bidirectional copy-paste: the student only ever sees mixed images.
 
     Bai, Chen, Li, Shen & Wang, CVPR 2023, arXiv:2305.00673; the authors' released code.
@@ -36,34 +37,16 @@ class SSLTrainerBCP(SemiSupervisedTrainer):
     method: ClassVar[str] = "Bidirectional copy-paste"
     paper: ClassVar[str] = "Bai et al. 2023, arXiv:2305.00673"
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=0.99+deploy=student"
-    needs_teacher: ClassVar[bool] = True
-    supports_regions: ClassVar[bool] = True
-    supports_ignore: ClassVar[bool] = True
-    views: ClassVar[tuple[str, ...]] = ("stock",)  # one augmentation for all, no weak and strong
     step_cost: ClassVar[float] = 4 / 3
 
     deploy: Literal["teacher", "student"] = "student"
-    ema_decay: float | Literal["auto"] | None = 0.99
-    pretrain: float = 0.2  # fraction of training on labelled scans only; published 0.12 to 0.25
     box: float = 2 / 3  # beta, side of the box as a fraction of the patch
-    unsup_weight: float = 0.5  # alpha, weight of the pseudo-labelled part
-    largest_component: Literal["auto", "on", "off"] = "auto"
 
     @classmethod
     def check_settings(cls) -> None:
         """Check ranges."""
         super().check_settings()
-        cls.require(0 <= cls.pretrain < 1, "pretrain", "in [0, 1)")
         cls.require(0 < cls.box < 1, "box", "between 0 and 1")
-        cls.require(cls.unsup_weight >= 0, "unsup_weight", "0 or more")
-
-    def needs_unlabeled(self, progress: float) -> bool:
-        """No unlabelled patches in the first stage."""
-        return progress > self.pretrain
-
-    def teacher_decay(self) -> float:
-        """Return 0 in the first stage: the teacher is the student until the second one starts."""
-        return 0.0 if self.progress < self.pretrain else super().teacher_decay()
 
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the loss of the stage on one batch of mixed patches."""
@@ -71,30 +54,11 @@ class SSLTrainerBCP(SemiSupervisedTrainer):
         inside = random_boxes(
             len(batch.x_l), spatial, self.box, self.box, same=True, device=self.device
         )
-        if self.progress < self.pretrain:
-            partner = torch.arange(len(batch.x_l), device=self.device).roll(1)
-            x = torch.where(inside, batch.x_l[partner], batch.x_l)
-            target = torch.where(inside, batch.target[partner], batch.target)
-            yield {"sup": self.loss(self.student(x), self.deep(target))}
+        if self.first_stage:
+            yield self.labeled_mix_loss(batch, inside)
             return
         x_u = batch.views["stock"]
-        prob = self.teacher_prob(x_u)
-        # Deviates: filtered only where classes are one piece; published for all
-        pseudo_label = self.keep_largest(hard_labels(prob, self.regions), self.largest_component)
-        self.track("weight", self.unsup_weight)
-        self.track_pseudo_labels(prob, batch.valid_u, batch.valid_u)
-        # Deviates: a random half, not the first, gets labelled boxes in unlabelled patches and the
-        # rest the reverse: nnU-Net forces foreground into the centre of the last patches, and a box
-        # of 2/3 of each side covers every centre.
-        half = (len(x_u) + int(torch.randint(2, ()))) // 2
-        first = (torch.randperm(len(x_u)) < half).to(self.device)
-        true_voxels = inside == first.view(-1, *[1] * (x_u.ndim - 1))
+        pseudo_label = self.pseudo_labels(self.teacher_prob(x_u), batch)
+        true_voxels = self.random_directions(inside)
         output = self.student(torch.where(true_voxels, batch.x_l, x_u))
-        pseudo_voxels = ~true_voxels & batch.valid_u
-        self.track_agreement(output, pseudo_label, pseudo_voxels)
-        # Deviates: published as half of CE + Dice, with background in the Dice
-        yield {
-            "sup": self.masked_loss(output, batch.target, true_voxels),
-            "unsup": self.unsup_weight
-            * self.masked_loss(output, self.as_target(pseudo_label), pseudo_voxels),
-        }
+        yield self.mix_loss(output, batch, pseudo_label, true_voxels)

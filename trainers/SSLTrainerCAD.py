@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnunet_ssl.base import SemiSupervisedTrainer, Terms
+from nnunet_ssl.base import Terms
+from nnunet_ssl.copy_paste import CopyPasteTrainer
 from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.functional import (
     Windows,
@@ -39,7 +40,7 @@ class View(NamedTuple):
     kept: Tensor
 
 
-class SSLTrainerCAD(SemiSupervisedTrainer):
+class SSLTrainerCAD(CopyPasteTrainer):
     """CAD: where a network is unsure, it gets what the other view is sure of.
 
     Xiao, Xu, Liang, Deng & Xiao 2025, arXiv:2502.00536. RECONSTRUCTED: of the paper only the
@@ -78,17 +79,10 @@ class SSLTrainerCAD(SemiSupervisedTrainer):
     method: ClassVar[str] = "CAD, confidence-aware adaptive displacement (reconstructed)"
     paper: ClassVar[str] = "Xiao et al. 2025, arXiv:2502.00536"
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=0.99"
-    needs_teacher: ClassVar[bool] = True
-    supports_regions: ClassVar[bool] = True
-    supports_ignore: ClassVar[bool] = True
-    views: ClassVar[tuple[str, ...]] = ("stock",)
     # teacher 2 forward; both students forward and backward on the mixes and two displaced views
     step_cost: ClassVar[float] = 20 / 3
 
-    ema_decay: float | Literal["auto"] | None = 0.99
-    pretrain: float = 0.2  # fraction of training on labelled scans only; ABD 0.25
     box: float = 2 / 3  # side of the box of the mixes, as a fraction of the patch
-    unsup_weight: float = 0.5  # alpha, weight of the pseudo-labelled part
     cps_weight: float = 1.0  # w of L_cps and
     displaced_weight: float = 1.0  # w of L_dis, after the ramp-up
     rampup: float = 0.1  # fraction of training, after the first stage, until both; ABD 0
@@ -103,15 +97,13 @@ class SSLTrainerCAD(SemiSupervisedTrainer):
     oversized: Literal["clip", "skip"] = "clip"  # what becomes of regions larger than s
     source: Literal["other_view", "other_sample"] = "other_view"  # where sources come from
     cutout_probability: float = 0.5  # of a box of noise in the strong view
-    largest_component: Literal["auto", "on", "off"] = "auto"
 
     @classmethod
     def check_settings(cls) -> None:
         """Check ranges."""
         super().check_settings()
-        cls.require(0 <= cls.pretrain < 1, "pretrain", "in [0, 1)")
         cls.require(0 < cls.box < 1, "box", "between 0 and 1")
-        for name in ("unsup_weight", "cps_weight", "displaced_weight", "rampup"):
+        for name in ("cps_weight", "displaced_weight", "rampup"):
             cls.require(getattr(cls, name) >= 0, name, "0 or more")
         cls.require(0 <= cls.threshold_end <= 1, "threshold_end", "in [0, 1]")
         cls.require(
@@ -137,19 +129,11 @@ class SSLTrainerCAD(SemiSupervisedTrainer):
         """Student 2."""
         return self.companions["peer"]
 
-    def needs_unlabeled(self, progress: float) -> bool:
-        """No unlabelled patches in the first stage."""
-        return progress > self.pretrain
-
-    def teacher_decay(self) -> float:
-        """Return 0 in the first stage: the teacher is student 1 until the second one starts."""
-        return 0.0 if self.progress < self.pretrain else super().teacher_decay()
-
     def after_step(self, observed: dict[str, list[Tensor]]) -> None:
         """Move the teacher; in the first stage student 2 is student 1, as the teacher is."""
         super().after_step(observed)
         # Deviates: ABD takes over the best weights of that stage, and the optimizer's state
-        if self.progress < self.pretrain:
+        if self.first_stage:
             ema_update(self.peer, self.student, 0.0)
 
     def losses(self, batch: Batch) -> Iterator[Terms]:
@@ -162,16 +146,10 @@ class SSLTrainerCAD(SemiSupervisedTrainer):
             same=True,
             device=self.device,
         )
-        if self.progress < self.pretrain:
-            x = torch.where(inside, batch.x_l.roll(1, 0), batch.x_l)
-            target = torch.where(inside, batch.target.roll(1, 0), batch.target)
-            yield {"sup": self.loss(self.student(x), self.deep(target))}
+        if self.first_stage:
+            yield self.labeled_mix_loss(batch, inside)
             return
-        # Deviates: a random half, not the first, gets labelled boxes in unlabelled patches:
-        # nnU-Net forces foreground into the centre of the last patches, and the box covers it.
-        half = (len(inside) + int(torch.randint(2, ()))) // 2
-        first = (torch.randperm(len(inside)) < half).to(self.device)
-        true_voxels = inside == first.view(-1, *[1] * (inside.ndim - 1))
+        true_voxels = self.random_directions(inside)
         valid = torch.where(true_voxels, batch.valid_l, batch.valid_u)
         ramp = rampup_between(self.progress, self.pretrain, self.pretrain + self.rampup)
         self.track("weight", ramp)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nnunet_ssl.base import SemiSupervisedTrainer, Terms
+from nnunet_ssl.base import Terms
+from nnunet_ssl.copy_paste import CopyPasteTrainer
 from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.functional import (
     feature_cosine,
     feature_l1,
     full_res,
-    hard_labels,
     random_blocks,
     sigmoid_rampup,
     to_prob,
@@ -22,7 +22,7 @@ from nnunet_ssl.functional import (
 from nnunet_ssl.modules import Tapped
 
 
-class SSLTrainerM3HL(SemiSupervisedTrainer):
+class SSLTrainerM3HL(CopyPasteTrainer):
     """M3HL: block-wise mixes, and features of mixes that follow those of unlabelled patches.
 
     Liu, Zhang, Yue, Guo & Li, MICCAI 2025, arXiv:2508.03752; the authors' released code.
@@ -57,77 +57,49 @@ class SSLTrainerM3HL(SemiSupervisedTrainer):
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=0.99+deploy=student"
     networks: ClassVar[str] = "PlainConvUNet, ResidualEncoderUNet"
     needs_unet: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
-    supports_regions: ClassVar[bool] = True
-    supports_ignore: ClassVar[bool] = True
-    views: ClassVar[tuple[str, ...]] = ("stock",)  # one augmentation for all, no weak and strong
     step_cost: ClassVar[float] = 4 / 3
 
     deploy: Literal["teacher", "student"] = "student"
-    ema_decay: float | Literal["auto"] | None = 0.99
-    pretrain: float = 0.2  # fraction of training on labelled scans only; released 0
     grid: int = 4  # cells per axis
     ratio: float = 0.5  # share of the cells in M
     ratio_spread: float = 0.0  # half width of the range around it that each step draws from
-    unsup_weight: float = 0.5  # alpha, weight of the pseudo-labelled part
     feature_weight: float = 0.5  # w, weight of L_low + L_high
     feature_rampup: float = 0.0  # fraction of training until w; released 0
     # compare only where the mix shows that unlabelled patch; released False
     masked_features: bool = False
-    largest_component: Literal["auto", "on", "off"] = "auto"
 
     @classmethod
     def check_settings(cls) -> None:
         """Check ranges."""
         super().check_settings()
-        cls.require(0 <= cls.pretrain < 1, "pretrain", "in [0, 1)")
         cls.require(cls.grid >= 2, "grid", "at least 2")
         cls.require(0 < cls.ratio < 1, "ratio", "between 0 and 1")
         limit = min(cls.ratio, 1 - cls.ratio)
         cls.require(
             0 <= cls.ratio_spread <= limit, "ratio_spread", f"in [0, {limit:g}] beside this ratio"
         )
-        for name in ("unsup_weight", "feature_weight", "feature_rampup"):
+        for name in ("feature_weight", "feature_rampup"):
             cls.require(getattr(cls, name) >= 0, name, "0 or more")
-
-    def needs_unlabeled(self, progress: float) -> bool:
-        """No unlabelled patches in the first stage."""
-        return progress > self.pretrain
-
-    def teacher_decay(self) -> float:
-        """Return 0 in the first stage: the teacher is the student until the second one starts."""
-        return 0.0 if self.progress < self.pretrain else super().teacher_decay()
 
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the loss of the stage on one batch of mixed patches."""
-        if self.progress < self.pretrain:
+        if self.first_stage:
             # Deviates: released without this stage
             blocks = self.draw_blocks(len(batch.x_l), batch.x_l.shape[2:])
-            x = torch.where(blocks, batch.x_l.roll(1, 0), batch.x_l)
-            target = torch.where(blocks, batch.target.roll(1, 0), batch.target)
-            yield {"sup": self.loss(self.student(x), self.deep(target))}
+            yield self.labeled_mix_loss(batch, blocks)
             return
         x_u = batch.views["stock"]
         with torch.no_grad():
             aim = self.tap(self.teacher, x_u)
         prob = to_prob(full_res(aim.output), self.regions)
-        pseudo_label = self.keep_largest(hard_labels(prob, self.regions), self.largest_component)
-        self.track("weight", self.unsup_weight)
-        self.track_pseudo_labels(prob, batch.valid_u, batch.valid_u)
+        pseudo_label = self.pseudo_labels(prob, batch)
         del prob  # not needed while the student runs
         true_voxels = self.draw_true_voxels(x_u)
         mixed = self.tap(self.student, torch.where(true_voxels, batch.x_l, x_u))
-        pseudo_voxels = ~true_voxels & batch.valid_u
-        self.track_agreement(mixed.output, pseudo_label, pseudo_voxels)
         # features of all patches alike would satisfy the consistency; their spread tells
         spread = mixed.feature.detach().transpose(0, 1).flatten(1).std(1).float().mean()
         self.track("feature_spread", spread)
-        # Deviates: published as half of CE + Dice, with background in the Dice
-        terms = {
-            "sup": self.masked_loss(mixed.output, batch.target, true_voxels),
-            "unsup": self.unsup_weight
-            * self.masked_loss(mixed.output, self.as_target(pseudo_label), pseudo_voxels),
-        }
+        terms = self.mix_loss(mixed.output, batch, pseudo_label, true_voxels)
         weight = self.feature_weight * sigmoid_rampup(self.progress, self.feature_rampup)
         self.track("feature_weight", weight)
         if weight > 0:

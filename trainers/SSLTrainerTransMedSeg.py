@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv3d
 
-from nnunet_ssl.base import SemiSupervisedTrainer, Terms
+from nnunet_ssl.base import Terms
+from nnunet_ssl.copy_paste import CopyPasteTrainer
 from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.functional import (
     Moments,
@@ -17,7 +18,6 @@ from nnunet_ssl.functional import (
     confidence,
     expected_ce,
     full_res,
-    hard_labels,
     random_boxes,
     region_shift,
     sampled_moments,
@@ -29,7 +29,7 @@ MOST_VOXELS, LEAST_VOXELS = 16384, 32  # of a class and step behind its moments
 FULL_COVARIANCE = 64  # channels up to which "auto" keeps full covariances
 
 
-class SSLTrainerTransMedSeg(SemiSupervisedTrainer):
+class SSLTrainerTransMedSeg(CopyPasteTrainer):
     """TransMedSeg: labelled features take the shift and spread of unlabelled ones, in closed form.
 
     Wang, Li, Wang, Lan, Tan, Yang & Yang 2025, arXiv:2505.14753. RECONSTRUCTED: only the abstract
@@ -68,17 +68,10 @@ class SSLTrainerTransMedSeg(SemiSupervisedTrainer):
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=0.99+deploy=student"
     networks: ClassVar[str] = "PlainConvUNet, ResidualEncoderUNet"
     needs_unet: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
-    supports_regions: ClassVar[bool] = True
-    supports_ignore: ClassVar[bool] = True
-    views: ClassVar[tuple[str, ...]] = ("stock",)  # one augmentation for all, no weak and strong
     step_cost: ClassVar[float] = 4 / 3
 
     deploy: Literal["teacher", "student"] = "student"
-    ema_decay: float | Literal["auto"] | None = 0.99
-    pretrain: float = 0.2  # fraction of training on labelled scans only; BCP 0.12 to 0.25
     box: float = 2 / 3  # side of the box as a fraction of the patch
-    unsup_weight: float = 0.5  # alpha, weight of the pseudo-labelled part
     transfer_weight: float = 0.1  # beta, weight of L_tsa; not published
     strength: float = 0.25  # lambda_0, of shift and spread at the end; not published, TSA's
     # whose features are augmented; "student_to_teacher" is TSA's, the other one the abstract's
@@ -90,15 +83,13 @@ class SSLTrainerTransMedSeg(SemiSupervisedTrainer):
     cluster_weight: float = 0.0  # kappa, weight of L_CC; GraphCL 0.01
     clusters: int = 10  # groups of L_CC; not known of GraphCL, DeepCut's
     cluster_temperature: float = 2.0  # tau of L_CC
-    largest_component: Literal["auto", "on", "off"] = "auto"
 
     @classmethod
     def check_settings(cls) -> None:
         """Check ranges."""
         super().check_settings()
-        cls.require(0 <= cls.pretrain < 1, "pretrain", "in [0, 1)")
         cls.require(0 < cls.box < 1, "box", "between 0 and 1")
-        for name in ("unsup_weight", "transfer_weight", "strength", "cluster_weight"):
+        for name in ("transfer_weight", "strength", "cluster_weight"):
             cls.require(getattr(cls, name) >= 0, name, "0 or more")
         cls.require(0 <= cls.memory_decay < 1, "memory_decay", "in [0, 1)")
         cls.require(0 <= cls.min_confidence < 1, "min_confidence", "in [0, 1)")
@@ -129,14 +120,6 @@ class SSLTrainerTransMedSeg(SemiSupervisedTrainer):
         small = self.classifier.in_channels <= FULL_COVARIANCE
         return self.covariance == "diagonal" or (self.covariance == "auto" and not small)
 
-    def needs_unlabeled(self, progress: float) -> bool:
-        """No unlabelled patches in the first stage."""
-        return progress > self.pretrain
-
-    def teacher_decay(self) -> float:
-        """Return 0 in the first stage: the teacher is the student until the second one starts."""
-        return 0.0 if self.progress < self.pretrain else super().teacher_decay()
-
     def after_step(self, observed: dict[str, list[Tensor]]) -> None:
         """Move the teacher and the memory."""
         super().after_step(observed)
@@ -151,31 +134,17 @@ class SSLTrainerTransMedSeg(SemiSupervisedTrainer):
         inside = random_boxes(
             len(batch.x_l), spatial, self.box, self.box, same=True, device=self.device
         )
-        if self.progress < self.pretrain:
-            partner = torch.arange(len(batch.x_l), device=self.device).roll(1)
-            x = torch.where(inside, batch.x_l[partner], batch.x_l)
-            target = torch.where(inside, batch.target[partner], batch.target)
-            yield {"sup": self.loss(self.student(x), self.deep(target))}
+        if self.first_stage:
+            yield self.labeled_mix_loss(batch, inside)
             return
         x_u = batch.views["stock"]
         with torch.no_grad():
             aim = self.tap(self.teacher, x_u)
         prob = to_prob(full_res(aim.output), self.regions)
-        pseudo_label = self.keep_largest(hard_labels(prob, self.regions), self.largest_component)
-        self.track("weight", self.unsup_weight)
-        self.track_pseudo_labels(prob, batch.valid_u, batch.valid_u)
-        # a random half gets labelled boxes in unlabelled patches, see SSLTrainerBCP
-        half = (len(x_u) + int(torch.randint(2, ()))) // 2
-        first = (torch.randperm(len(x_u)) < half).to(self.device)
-        true_voxels = inside == first.view(-1, *[1] * (x_u.ndim - 1))
+        pseudo_label = self.pseudo_labels(prob, batch)
+        true_voxels = self.random_directions(inside)
         mixed = self.tap(self.student, torch.where(true_voxels, batch.x_l, x_u))
-        pseudo_voxels = ~true_voxels & batch.valid_u
-        self.track_agreement(mixed.output, pseudo_label, pseudo_voxels)
-        terms = {
-            "sup": self.masked_loss(mixed.output, batch.target, true_voxels),
-            "unsup": self.unsup_weight
-            * self.masked_loss(mixed.output, self.as_target(pseudo_label), pseudo_voxels),
-        }
+        terms = self.mix_loss(mixed.output, batch, pseudo_label, true_voxels)
         if self.transfer_weight > 0:
             target, true_voxels = self.annotation(batch, true_voxels)
             sure = confidence(prob, self.regions).amin(1, keepdim=True) >= self.min_confidence
