@@ -14,6 +14,8 @@ is 78 %. Frames of one video that differ more can still be on both sides. The or
 the group, random and the same for the same images; --list gives another. --labeled counts images
 of whole groups: 136 (10 %) or 272 (20 %) of the 1358. --test counts groups.
 
+--resize 128x128 (half of 256x256) makes a small data set for quick experiments.
+
 Examples:
   nnunet_ssl convert PSFHS -i PSFHS -d 40 --test 120 --labeled 100
   nnunet_ssl convert PSFHS -i PSFHS -d 41 --test 120 --labeled 100 --draw 1
@@ -40,6 +42,7 @@ from nnunet_ssl.dataset_conversion.reading import (
     one_plane,
     read_image,
 )
+from nnunet_ssl.dataset_conversion.resizing import add_resize_option
 from nnunet_ssl.dataset_conversion.selection import by_group, by_hash
 from nnunet_ssl.errors import UserError
 
@@ -48,8 +51,9 @@ SIDE = 64  # pixels of the reduced images
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Splits."""
+    """Splits and resolution."""
     add_split_options(parser)
+    add_resize_option(parser)
 
 
 def find(source: Path, options: argparse.Namespace) -> Release:

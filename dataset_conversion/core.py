@@ -7,7 +7,8 @@ A data-set script is one module of this package, named like the data set (MSD.py
     read(case, options) -> Scan        voxels of one case; runs in worker processes
     add_options(parser)                optional: own options, and of the shared ones
                                        `add_split_options`, `add_spacing_option`,
-                                       `add_protocol_option`, `add_test_images_option`
+                                       `add_protocol_option`, `add_test_images_option`,
+                                       `resizing.add_resize_option`
     HINTS = {"labels": "...", "geometry": "..."}   optional: what to do about an unexpected
                                        label, or about a mask on another grid
 
@@ -43,6 +44,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.dataset_conversion.reading import files_below, hash_source, listed, read_list
+from nnunet_ssl.dataset_conversion.resizing import reduce_image, reduce_mask
 from nnunet_ssl.dataset_conversion.selection import (
     PARTS,
     Splits,
@@ -316,7 +318,9 @@ def convert(script: Any, argv: Sequence[str]) -> int:
     plan = _make_plan(release, options)
     plan.choose_labeled()  # a number that is too large is told at once
     number = len(plan.wanted) if isinstance(plan.wanted, list) else plan.wanted
-    target = Target(target_root, options.d, release.stem, number, options.draw)
+    size = getattr(options, "resize", None)
+    stem = f"{release.stem}_{size[0]}x{size[1]}" if size else release.stem
+    target = Target(target_root, options.d, stem, number, options.draw)
     with target.locked():
         target.finish_pending()
         _convert_into(target, script, release, options, plan)
@@ -643,8 +647,15 @@ def convert_case(
         hints = getattr(script, "HINTS", {})
         _check_scan(scan, case, channels, hints.get("geometry", ""))
         voxels: dict[str, int] = {}
+        size = getattr(options, "resize", None)
+        if size:
+            scan.images = [reduce_image(image, size) for image in scan.images]
         if scan.mask is not None:
             mask, counts = map_labels(scan.mask, label_map, case.name, hints.get("labels", ""))
+            if size:
+                mask = reduce_mask(mask, size)
+                array = sitk.GetArrayViewFromImage(mask)
+                counts = {value: int((array == value).sum()) for value in counts}
             voxels = {str(k): v for k, v in sorted(counts.items())}
             write_image(mask, mask_path)
         for image, path in zip(scan.images, images, strict=True):
