@@ -14,6 +14,16 @@ FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 SHORT = "+num_epochs=4+num_iterations_per_epoch=2+num_val_iterations_per_epoch=1+seed=1"
 
 
+# What a trainer needs to run on toy data without a network, unless its name says otherwise.
+NEEDED = {"SSLTrainerMN": {"weights": "random", "backbone": "pvt_v2_b0", "turn": "1"}}
+
+
+def with_needed(name: str) -> str:
+    base, *pairs = name.split("+")
+    missing = {k: v for k, v in NEEDED.get(base, {}).items() if f"+{k}=" not in name}
+    return "+".join([base, *pairs, *(f"{k}={v}" for k, v in missing.items())])
+
+
 def pytest_addoption(parser):
     parser.addoption("--rewrite-golden", action="store_true", help="write tests/golden anew")
 
@@ -71,6 +81,7 @@ def make_trainer(nnunet, no_plots):
         base = Path(os.environ["nnUNet_preprocessed"]) / dataset_folder(nnunet, dataset)
         plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8"))
         plans["continue_training"] = False
+        name = with_needed(name)
         trainer_class = resolve(name + SHORT) if short else resolve(name)
         configuration = configuration or ("3d_fullres" if "3d" in trainer_class.dims else "2d")
         return trainer_class(

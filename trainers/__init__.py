@@ -10,6 +10,7 @@ from nnunet_ssl.trainers.SSLTrainerFixMatch import SSLTrainerFixMatch
 from nnunet_ssl.trainers.SSLTrainerM3HL import SSLTrainerM3HL
 from nnunet_ssl.trainers.SSLTrainerMeanTeacher import SSLTrainerMeanTeacher
 from nnunet_ssl.trainers.SSLTrainerMEDL import SSLTrainerMEDL
+from nnunet_ssl.trainers.SSLTrainerMN import SSLTrainerMN
 from nnunet_ssl.trainers.SSLTrainerSPCL import SSLTrainerSPCL, SSLTrainerSPCLPretrain
 from nnunet_ssl.trainers.SSLTrainerSupervised import SSLTrainerSupervised
 from nnunet_ssl.trainers.SSLTrainerTransMedSeg import SSLTrainerTransMedSeg
@@ -26,6 +27,7 @@ __all__ = [
     "SSLTrainerFixMatch",
     "SSLTrainerM3HL",
     "SSLTrainerMEDL",
+    "SSLTrainerMN",
     "SSLTrainerMeanTeacher",
     "SSLTrainerSPCL",
     "SSLTrainerSPCLPretrain",

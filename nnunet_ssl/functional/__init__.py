@@ -48,6 +48,7 @@ from nnunet_ssl.functional.evidence import (
     voxel_reliability,
 )
 from nnunet_ssl.functional.features import feature_cosine, feature_l1
+from nnunet_ssl.functional.guided import guided_count, guided_share
 from nnunet_ssl.functional.meta_labels import (
     partition,
     retrieval,
@@ -56,7 +57,7 @@ from nnunet_ssl.functional.meta_labels import (
 )
 from nnunet_ssl.functional.mixing import exchange, random_boxes
 from nnunet_ssl.functional.outputs import confidence, downsample, full_res, hard_labels, to_prob
-from nnunet_ssl.functional.overlap import squared_dice_loss
+from nnunet_ssl.functional.overlap import soft_target_dice_loss, squared_dice_loss
 from nnunet_ssl.functional.pseudo_loss import deep_supervised, pseudo_ce_dice
 from nnunet_ssl.functional.ramps import rampup_between, sigmoid_rampup, warmup_cosine
 from nnunet_ssl.functional.selection import (
@@ -80,6 +81,8 @@ from nnunet_ssl.functional.shape_scores import (
     released_scores,
     select_best,
 )
+from nnunet_ssl.functional.slices import from_slices, to_slices
+from nnunet_ssl.functional.soft_targets import soft_target_kl
 from nnunet_ssl.functional.symmetry import (
     Mirror,
     half_mirrored,
@@ -141,9 +144,12 @@ __all__ = [
     "feature_l1",
     "fisher_evidential_loss",
     "fit_ellipses",
+    "from_slices",
     "full_res",
     "fuse_opinions",
     "gather_places",
+    "guided_count",
+    "guided_share",
     "half_mirrored",
     "hard_labels",
     "iuc_contrast",
@@ -184,10 +190,13 @@ __all__ = [
     "sigmoid_rampup",
     "slice_features",
     "slice_positions",
+    "soft_target_dice_loss",
+    "soft_target_kl",
     "softmax_mse",
     "squared_dice_loss",
     "strong_intensity",
     "to_prob",
+    "to_slices",
     "view_cosine",
     "voxel_reliability",
     "warmup_cosine",

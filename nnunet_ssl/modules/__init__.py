@@ -1,29 +1,39 @@
 """Parts of methods that learn or remember; their state goes into the checkpoint."""
 
+from nnunet_ssl.modules.backbones import Backbone, check_backbone, pretrained_backbone
 from nnunet_ssl.modules.brake import ClassBrake, class_shares
 from nnunet_ssl.modules.clusters import TokenClusters
+from nnunet_ssl.modules.lora import LowRank, add_low_rank
 from nnunet_ssl.modules.moments import ClassMoments
 from nnunet_ssl.modules.networks import MeanOfNetworks, linked_prob, other_network
 from nnunet_ssl.modules.perturb import dropout_factors, perturbed_forward
 from nnunet_ssl.modules.projector import Projector
 from nnunet_ssl.modules.scores import ScoreMemory
+from nnunet_ssl.modules.slice_network import ImageSegmenter, SliceNetwork
 from nnunet_ssl.modules.tap import Tapped, decode, tapped_forward
 from nnunet_ssl.modules.thresholds import ClassThresholds
 
 __all__ = [
+    "Backbone",
     "ClassBrake",
     "ClassMoments",
     "ClassThresholds",
+    "ImageSegmenter",
+    "LowRank",
     "MeanOfNetworks",
     "Projector",
     "ScoreMemory",
+    "SliceNetwork",
     "Tapped",
     "TokenClusters",
+    "add_low_rank",
+    "check_backbone",
     "class_shares",
     "decode",
     "dropout_factors",
     "linked_prob",
     "other_network",
     "perturbed_forward",
+    "pretrained_backbone",
     "tapped_forward",
 ]

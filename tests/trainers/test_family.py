@@ -35,6 +35,7 @@ FULL = {
     "SSLTrainerCAD": "+pretrain=0+rampup=0",
     "SSLTrainerTransMedSeg": "+pretrain=0",
     "SSLTrainerERSR": "+pretrain=0+threshold=0.4",
+    "SSLTrainerMN": "+supervised=0+turn=0+guided=False",
 }
 # no unlabelled weight: the twin's step
 # times the twin's memory, where it is more than 1.25
