@@ -30,6 +30,7 @@ from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from nnunet_ssl import checkpoint as checkpoints
+from nnunet_ssl.data.appearance import describe_unlike
 from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.data.components import single_piece
 from nnunet_ssl.data.loader import (
@@ -39,6 +40,7 @@ from nnunet_ssl.data.loader import (
     TwoStreamLoader,
     read_case_table,
 )
+from nnunet_ssl.data.pseudo_labels import balanced, pseudo_labeled
 from nnunet_ssl.data.unlabeled import UnlabeledDataset, read_manifest, unlabeled_folder
 from nnunet_ssl.data.views import Pipeline
 from nnunet_ssl.errors import UserError
@@ -232,7 +234,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._single_piece: list[int] | None = None  # found when first asked for
         self._resumed: dict | None = None
         self._meter = Meter()
-        self._skipped_steps = 0
+        self._skipped_steps = 0  # of this epoch, as the next one
+        self._dropped_pseudo = 0
         self._patches = {"labeled": 0, "unlabeled": 0}  # seen in this epoch
         self._observed: dict[str, list[Tensor]] = defaultdict(list)
         self._unlabeled_active = Value("b", False)
@@ -315,6 +318,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         base = Path(self.preprocessed_dataset_folder_base)
         manifest = read_manifest(base, self.plans_manager.plans, self.configuration_name)
         cases = set(manifest["cases"])
+        if manifest.get("unlike"):
+            self.print_to_log_file(describe_unlike(manifest["unlike"], len(cases)))
         fix = (
             f"Run: nnunet_ssl plan_and_preprocess -d {base.name[7:10]} -c {self.configuration_name}"
         )
@@ -697,33 +702,54 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 for group in other.optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.requires_grad_(id(parameter) in own)
+        observed = {name: list(values) for name, values in self._observed.items()}
+        terms = self._backpropagate(phase, batch)
+        if not terms:
+            return False
+        finite = self._clip(phase)
+        if not finite and len({name.startswith("sup") for name in terms}) == 2:
+            # what the annotated patches teach is not lost with the rest
+            self._observed = defaultdict(list, observed)
+            if self.grad_scaler is not None:
+                self.grad_scaler.update()  # with a lower scale; gradients may be unscaled anew
+            terms = self._backpropagate(phase, batch, only="sup")
+            finite = self._clip(phase)
+            self._dropped_pseudo += finite
+        for name, value in terms.items():
+            step_terms[name] = step_terms[name] + value if name in step_terms else value
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(phase.optimizer)  # leaves out a step that is not finite
+        elif finite:
+            phase.optimizer.step()
+        self._skipped_steps += not finite
+        return True
+
+    def _backpropagate(self, phase: Phase, batch: Batch, only: str = "") -> Terms:
+        """Add up the gradients of a phase's terms, of those named `only`...; return the terms."""
         phase.optimizer.zero_grad(set_to_none=True)
-        stepped = False
+        summed: Terms = {}
         generator = iter(phase.losses(batch))
         while True:
             with self._autocast():
                 terms = next(generator, None)
             if terms is None:
-                break
-            total: Any = sum(terms.values())
-            (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
-            for name, value in terms.items():
+                return summed
+            counted = {name: value for name, value in terms.items() if name.startswith(only)}
+            del terms
+            total: Any = sum(counted.values())
+            if counted:
+                (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
+            for name, value in counted.items():
                 value = value.detach().float()
-                step_terms[name] = step_terms[name] + value if name in step_terms else value
-            del terms, total
-            stepped = True
-        if not stepped:
-            return False
+                summed[name] = summed[name] + value if name in summed else value
+            del counted, total
+
+    def _clip(self, phase: Phase) -> bool:
+        """Clip the gradients of each module and tell whether all of them are finite."""
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(phase.optimizer)
         norms = [nn.utils.clip_grad_norm_(m.parameters(), GRADIENT_CLIP) for m in phase.modules]
-        if self.grad_scaler is not None:
-            self.grad_scaler.step(phase.optimizer)  # leaves out a step that is not finite
-        elif torch.stack([n.to(self.device) for n in norms]).isfinite().all():
-            phase.optimizer.step()
-        else:
-            self._skipped_steps += 1
-        return True
+        return bool(torch.stack([n.to(self.device) for n in norms]).isfinite().all())
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Bring the epoch's losses to the host at once."""
@@ -807,6 +833,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "shares": {},
             "pseudo_dice": self._pseudo_dice,
             "patches": self._patches,
+            "steps_without_pseudo": self._dropped_pseudo,
+            "steps_left_out": self._skipped_steps,
         }
         if self.device.type == "cuda":
             record["gpu_peak_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20)
@@ -814,12 +842,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for name, value in self._meter.means().items():
             group, _, key = name.partition("/")
             record[group][key] = value
-        if self._skipped_steps:
-            self.print_to_log_file(
-                f"WARNING: {self._skipped_steps} steps of this epoch were left out because their "
-                f"gradient was not finite. If this goes on, check the images for extreme values."
-            )
-            self._skipped_steps = 0
+        self._warn_of_non_finite()
         self._history.append(record)
         self._log_externally(record)
         self._warn_if_collapsed(record)
@@ -829,6 +852,19 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 checkpoints.save_checkpoint(self._prediction_state(), kept)
         super().on_epoch_end()
         self._history.plot()
+
+    def _warn_of_non_finite(self) -> None:
+        """Tell how many steps of the epoch were left out, wholly or in part; count anew."""
+        for count, what in (
+            (self._skipped_steps, "were left out because their"),
+            (self._dropped_pseudo, "learnt from the annotated patches alone because the whole"),
+        ):
+            if count:
+                self.print_to_log_file(
+                    f"WARNING: {count} steps of this epoch {what} gradient was not finite. If this "
+                    f"goes on, check the images for extreme values."
+                )
+        self._skipped_steps = self._dropped_pseudo = 0
 
     def _log_externally(self, record: dict) -> None:
         """Send every number to nnU-Net's external loggers; its local one takes no new keys."""
@@ -875,9 +911,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return labelled training and validation cases.
 
+        Masks that a model made validate nothing, and true ones are half of what is drawn.
+
         Raises:
             UserError: no such fold, or a split that names cases which are not preprocessed.
         """
+        train, val = self._read_split()
+        made = pseudo_labeled(self.preprocessed_dataset_folder_base)
+        if not made:
+            return train, val
+        return balanced(train, made), [case for case in val if case not in made]
+
+    def _read_split(self) -> tuple[list[str], list[str]]:
         if self.fold == "all":
             return super().do_split()
         path = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"

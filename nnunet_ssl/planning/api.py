@@ -128,8 +128,8 @@ def plan_and_preprocess(
     with Workers(num_processes or min(4, cores)) as workers:
         for configuration in chosen:
             warn_of_shared_folder(base, plans, configuration)
-            preprocess_labeled(raw, base, plans, configuration, workers)
-            preprocess_unlabeled(raw, unlabeled, base, plans, configuration, workers)
+            looks = preprocess_labeled(raw, base, plans, configuration, workers)
+            preprocess_unlabeled(raw, unlabeled, base, plans, configuration, workers, looks)
     _summarize(dataset_id, raw, plans, chosen)
     return plans_name
 

@@ -12,8 +12,10 @@ from batchgenerators.utilities.file_and_folder_operations import (
     load_pickle,
     write_pickle,
 )
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_ssl.data.appearance import Appearance, appearance, describe_unlike, unlike
 from nnunet_ssl.data.unlabeled import (
     MANIFEST_FORMAT,
     manifest_path,
@@ -26,15 +28,19 @@ from nnunet_ssl.planning.raw import CaseInfo, RawDataset, silence
 from nnunet_ssl.planning.workers import Workers
 
 CASE_FILES = (".b2nd", "_seg.b2nd", ".pkl")  # .pkl moves last: a case with .pkl is complete
+LOOK = "nnunet_ssl_appearance"  # key of the properties
 PROBE_BYTES = 1 << 24  # more than any chunk that blosc2 writes at once
 
 
 def preprocess_labeled(
     raw: RawDataset, base: Path, plans: dict, configuration: str, workers: Workers
-) -> None:
+) -> list[Appearance]:
     """Preprocess the annotated cases anew and copy their masks, as stock nnU-Net does.
 
     The folder appears when it is complete: training on fold `all` takes whatever lies there.
+
+    Returns:
+        How the annotated cases look.
 
     Raises:
         UserError: disk full or a worker died; the former folder is unchanged.
@@ -47,7 +53,7 @@ def preprocess_labeled(
             (part / case, paths, raw.masks[case], plans, configuration, raw.dataset_json)
             for case, paths in raw.labeled.items()
         ]
-        workers.map(preprocess_case, jobs, f"{configuration}, annotated")
+        looks = workers.map(preprocess_labeled_case, jobs, f"{configuration}, annotated")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(part, folder)
@@ -58,6 +64,20 @@ def preprocess_labeled(
             copy = masks / f"{case}{raw.file_ending}"
             if not copy.is_file() or copy.stat().st_mtime < mask.stat().st_mtime:
                 shutil.copy2(mask, copy)
+    return looks
+
+
+def preprocess_labeled_case(
+    output: Path,
+    images: Sequence[Path],
+    mask: Path,
+    plans: dict,
+    configuration: str,
+    dataset_json: dict,
+) -> Appearance:
+    """Let nnU-Net preprocess an annotated case, see `preprocess_case`; return how it looks."""
+    preprocess_case(output, images, mask, plans, configuration, dataset_json)
+    return _look_at(output.parent, output.name)
 
 
 def preprocess_unlabeled(
@@ -67,11 +87,13 @@ def preprocess_unlabeled(
     plans: dict,
     configuration: str,
     workers: Workers,
+    annotated: Sequence[Appearance] = (),
 ) -> None:
     """Preprocess the scans without masks into their own folder and write its manifest.
 
     Cases already there for the same plans and content are kept; others are replaced or removed.
-    Without a manifest the folder is not complete.
+    Without a manifest the folder is not complete. It also lists the scans that look unlike all
+    of `annotated`; a warning names them.
 
     Raises:
         UserError: disk full or a worker died. Finished cases stay; the same command continues.
@@ -100,6 +122,13 @@ def preprocess_unlabeled(
     finally:
         for part in folder.glob(".*.part"):  # of a worker that died
             shutil.rmtree(part, ignore_errors=True)
+    unlike_cases = {}
+    for case in infos if annotated else ():
+        why = unlike(Appearance(**read_properties(folder, case)[LOOK]), annotated)
+        if why:
+            unlike_cases[case] = why
+    if unlike_cases:
+        print(describe_unlike(unlike_cases, len(infos)))
     write_json(
         {
             "format": MANIFEST_FORMAT,
@@ -107,6 +136,7 @@ def preprocess_unlabeled(
             "configuration": configuration,
             "preprocessing": key,
             "cases": {case: {"content": info.content} for case, info in infos.items()},
+            "unlike": unlike_cases,
         },
         manifest,
     )
@@ -128,6 +158,7 @@ def preprocess_unlabeled_case(
         preprocess_case(part / case, images, None, plans, configuration, dataset_json)
         properties = load_pickle(str(part / f"{case}.pkl"))
         properties["nnunet_ssl"] = dict(stamp)
+        properties[LOOK] = vars(_look_at(part, case))
         write_pickle(properties, str(part / f"{case}.pkl"))
         (folder / f"{case}.pkl").unlink(missing_ok=True)
         for ending in CASE_FILES:
@@ -197,9 +228,20 @@ def _is_done(folder: Path, case: str, stamp: Mapping[str, Any]) -> bool:
     if not all((folder / f"{case}{ending}").is_file() for ending in CASE_FILES):
         return False
     try:
-        return load_pickle(str(folder / f"{case}.pkl")).get("nnunet_ssl") == stamp
+        properties = read_properties(folder, case)
+        return LOOK in properties and properties.get("nnunet_ssl") == stamp
     except Exception:  # a damaged pickle raises almost anything; the case is then made anew
         return False
+
+
+def read_properties(folder: Path, case: str) -> dict[str, Any]:
+    """Return what nnU-Net and we keep beside a preprocessed scan."""
+    return load_pickle(str(folder / f"{case}.pkl"))
+
+
+def _look_at(folder: Path, case: str) -> Appearance:
+    data, seg, _, properties = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)
+    return appearance(data[:], seg[:][0] != -1, properties["spacing"])
 
 
 @contextmanager

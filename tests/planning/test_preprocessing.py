@@ -6,6 +6,7 @@ import shutil
 import blosc2
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from make_data import make_raw_dataset, write_image
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -242,3 +243,22 @@ def test_a_worker_that_dies_is_reported():
 def test_no_processes():
     with pytest.raises(UserError, match="processes is -1; give -np 1 or more"):
         Workers(-1)
+
+
+def test_scans_that_do_not_belong_are_named_and_listed(toy, base, capsys):
+    plan()
+    manifest = base / f"{UNLABELED}.json"
+    assert json.loads(manifest.read_text(encoding="utf-8"))["unlike"] == {}
+    assert "unlike every annotated" not in capsys.readouterr().out
+    for case in CASES[:2]:
+        path = toy / "imagesUn" / f"{case}_0000.nii.gz"
+        image = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        write_image(image.max() + 1 - image, path)
+    plan(keep_plans=True)
+    listed = json.loads(manifest.read_text(encoding="utf-8"))["unlike"]
+    assert set(listed) == set(CASES[:2]) and all("layout" in why for why in listed.values())
+    told = capsys.readouterr().out
+    assert "2 of 5 scans in imagesUn look unlike every annotated scan: un_000 (" in told
+    # kept cases are judged again: a new annotated scan may be like them
+    plan(keep_plans=True)
+    assert json.loads(manifest.read_text(encoding="utf-8"))["unlike"] == listed

@@ -90,6 +90,25 @@ def test_images_changed_since_preprocessing(own_data, make_trainer, change):
         make_trainer("SSLTrainer").on_train_start()
 
 
+def test_scans_that_do_not_belong_are_named_again_at_the_start(own_data, make_trainer, monkeypatch):
+    manifest = next(own_data[1].glob("*3d_fullres_unlabeled.json"))
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    content["unlike"] = {"un_001": ["layout"]}
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    trainer = make_trainer("SSLTrainer")
+    said = []
+    monkeypatch.setattr(
+        trainer, "print_to_log_file", lambda *a, **k: said.append(" ".join(map(str, a)))
+    )
+    trainer.check_data()
+    assert "un_001 (layout)" in said[0] and "1 of 5" in said[0]
+    said.clear()
+    twin = make_trainer("SSLTrainerSupervised")
+    monkeypatch.setattr(twin, "print_to_log_file", lambda *a, **k: said.append(a))
+    twin.check_data()
+    assert said == []
+
+
 def test_fold_not_in_the_splits(nnunet, make_trainer):
     with pytest.raises(UserError, match=r"splits_final\.json has folds 0 to 2, not 4"):
         make_trainer("SSLTrainer", fold=4).on_train_start()
@@ -467,29 +486,66 @@ def test_pseudo_loss_has_the_cross_entropy_of_nnunet(make_trainer, dataset, monk
     assert torch.allclose(trainer.pseudo_loss(output, labels, weight, everything), stock, rtol=1e-4)
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_told(make_trainer, monkeypatch):
-    trainer = make_trainer("SSLTrainerFixMatch+warmup=0+threshold=0")
-    said = []
-    trainer.on_train_start()
-    monkeypatch.setattr(
-        trainer, "print_to_log_file", lambda *a, **k: said.append(" ".join(map(str, a)))
-    )
-    trainer.on_epoch_start()
-    trainer.on_train_epoch_start()
-    before = [p.detach().clone() for p in trainer.student.parameters()]
-    pseudo_loss = trainer.pseudo_loss
-    monkeypatch.setattr(trainer, "pseudo_loss", lambda *a: pseudo_loss(*a) * float("nan"))
-    outputs = [trainer.train_step(next(trainer.dataloader_train))]
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.student.parameters(), strict=True))
-    monkeypatch.setattr(trainer, "pseudo_loss", pseudo_loss)
-    outputs.append(trainer.train_step(next(trainer.dataloader_train)))
+@pytest.fixture
+def spoilt(make_trainer, monkeypatch):
+    """Start a trainer; then run one step in which a loss is NaN, and one without."""
+
+    def make(find, name):
+        trainer = make_trainer("SSLTrainerFixMatch+warmup=0+threshold=0")
+        trainer.on_train_start()
+        trainer.said = []
+        monkeypatch.setattr(
+            trainer, "print_to_log_file", lambda *a, **k: trainer.said.append(" ".join(map(str, a)))
+        )
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+        holder = find(trainer)
+        right = getattr(holder, name)
+        monkeypatch.setattr(holder, name, lambda *a: right(*a) * float("nan"))
+        outputs = [trainer.train_step(next(trainer.dataloader_train))]
+        trainer.after_bad_step = [p.detach().clone() for p in trainer.student.parameters()]
+        monkeypatch.setattr(holder, name, right)
+        outputs.append(trainer.train_step(next(trainer.dataloader_train)))
+        trainer.on_train_epoch_end(outputs)
+        with torch.no_grad():
+            trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
+        trainer.on_epoch_end()
+        return trainer
+
+    return make
+
+
+def test_a_pseudo_loss_that_is_not_finite_leaves_the_annotated_part_of_the_step(
+    spoilt, make_trainer
+):
+    twin = make_trainer("SSLTrainerFixMatch+warmup=0+threshold=0+unsup_weight=0")
+    twin.on_train_start()
+    twin.on_epoch_start()
+    twin.on_train_epoch_start()
+    twin.train_step(next(twin.dataloader_train))
+    trainer = spoilt(lambda t: t, "pseudo_loss")
+    for spoilt_weight, weight in zip(
+        trainer.after_bad_step, twin.student.parameters(), strict=True
+    ):
+        assert torch.equal(spoilt_weight, weight)
     assert all(p.isfinite().all() for p in trainer.student.parameters())
-    assert not torch.equal(before[0], next(trainer.student.parameters()))
-    trainer.on_train_epoch_end(outputs)
-    with torch.no_grad():
-        trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
-    trainer.on_epoch_end()
-    assert any("1 steps of this epoch were left out" in line for line in said)
+    assert any("1 steps of this epoch learnt from the annotated" in line for line in trainer.said)
+    record = trainer._history.records[-1]
+    assert (record["steps_without_pseudo"], record["steps_left_out"]) == (1, 0)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_told(spoilt, make_trainer):
+    untrained = make_trainer("SSLTrainerFixMatch")
+    untrained.on_train_start()
+    trainer = spoilt(lambda t: t.loss, "forward")
+    for spoilt_weight, weight in zip(
+        trainer.after_bad_step, untrained.student.parameters(), strict=True
+    ):
+        assert torch.equal(spoilt_weight, weight)
+    moved = list(trainer.student.parameters())
+    assert all(p.isfinite().all() for p in moved)
+    assert not torch.equal(trainer.after_bad_step[0], moved[0])
+    assert any("1 steps of this epoch were left out" in line for line in trainer.said)
 
 
 def test_best_checkpoint_after_continuing(make_trainer, monkeypatch):
