@@ -32,6 +32,7 @@ setup(
     package_data={
         "nnunet_ssl.dataset_conversion": ["lists/*"],
         "nnunet_ssl.evaluation": ["*.j2"],
+        "nnunet_ssl.offline": ["*.j2"],
     },
     install_requires=[
         version["nnunet_range"](),

@@ -210,6 +210,82 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     sub = add(
+        "pseudo_label",
+        run_pseudo_label,
+        "label scans without masks, train on the stable ones, and again",
+        "nnunet_ssl pseudo_label -d 104 -c 3d_fullres -o 105",
+    )
+    sub.add_argument("-d", required=True, metavar="ID", help="data set id or name")
+    sub.add_argument("-c", required=True, metavar="CONFIG", help="2d, 3d_fullres or 3d_lowres")
+    sub.add_argument(
+        "-o",
+        required=True,
+        type=int,
+        metavar="NEWID",
+        help="id of the new data set; further rounds take the ids after it",
+    )
+    sub.add_argument("--rounds", type=int, default=2, metavar="N", help="at most (%(default)s)")
+    sub.add_argument(
+        "-tr",
+        default=DEFAULT_TRAINER,
+        metavar="NAME",
+        help="trainer of all models, with settings if wanted (%(default)s)",
+    )
+    sub.add_argument("-p", default=DEFAULT_PLANS, metavar="PLANS", help="plans (%(default)s)")
+    sub.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="start from this finished model; default: train one, or take the finished one of -tr",
+    )
+    sub.add_argument(
+        "--folds",
+        nargs="+",
+        default=["all"],
+        metavar="FOLD",
+        help="all: no validation; numbers: each fold gets pseudo-labels of its own (%(default)s)",
+    )
+    sub.add_argument(
+        "--joint",
+        action="store_true",
+        help="the folds label together, and fold all is trained on it: no validation",
+    )
+    sub.add_argument(
+        "--drop",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of the cases, the least stable ones, stay without mask (%(default)s)",
+    )
+    sub.add_argument(
+        "--shape",
+        nargs="+",
+        default=[],
+        metavar="CHECK",
+        help="is a mask plausible? largest, ellipse, volume, or module:function",
+    )
+    sub.add_argument(
+        "--hidden",
+        type=Path,
+        metavar="FOLDER",
+        help="masks of scans without masks, where there are some; for the report alone",
+    )
+    sub.add_argument("-device", default="cuda", help="cuda, cpu or mps (%(default)s)")
+    sub.add_argument(
+        "--disable_tta", action="store_true", help="no mirroring: faster, less accurate"
+    )
+    sub.add_argument("--workers", type=int, default=1, metavar="N", help="tasks at a time")
+    sub.add_argument(
+        "--parts",
+        type=int,
+        metavar="N",
+        help="tasks that the prediction of a fold is spread over (as many as --workers)",
+    )
+    sub.add_argument(
+        "--launcher", choices=["local", "slurm"], default="local", help="(%(default)s)"
+    )
+
+    sub = add(
         "predict",
         run_predict,
         "nnU-Net's prediction; nnU-Net's own arguments",
@@ -490,6 +566,32 @@ def run_predict(args: argparse.Namespace) -> None:
     require_trained_model(args)
     call_nnunet("nnUNetv2_predict", args, predict_entry_point)
     print_predict_command(trainer, args, [args.i, args.o], args.d, args.c, args.f)
+def run_pseudo_label(args: argparse.Namespace) -> int:
+    """Run the rounds of self-training; 1 if no pseudo-label was good enough."""
+    check_nnunet_version()
+    from nnunet_ssl.offline.command import pseudo_label
+
+    return pseudo_label(
+        dataset_id(args.d),
+        args.c,
+        args.o,
+        trainer=args.tr,
+        plans=args.p,
+        rounds=args.rounds,
+        folds=args.folds,
+        joint=args.joint,
+        model=args.model,
+        drop=args.drop,
+        shapes=args.shape,
+        device=args.device,
+        mirroring=not args.disable_tta,
+        workers=args.workers,
+        parts=args.parts,
+        launcher=args.launcher,
+        hidden=args.hidden,
+    )
+
+
 
 
 def require_trained_model(args: argparse.Namespace) -> None:

@@ -253,7 +253,10 @@ def run_cells(
 
 
 def run_tasks(
-    needs: Mapping[Path, Path | None], launcher: Launcher, changed: Callable[[], None]
+    needs: Mapping[Path, Path | None],
+    launcher: Launcher,
+    changed: Callable[[], None],
+    unit: str = "cells",
 ) -> None:
     """Run tasks; each starts when the one that it needs is done.
 
@@ -261,13 +264,14 @@ def run_tasks(
         needs: folder of a task -> folder of the one it needs, in the order of their start.
         launcher: where they run.
         changed: called whenever a task has ended.
+        unit: what those tasks are called whose progress is shown.
     """
-    cells = [folder for folder in needs if "train" in read_task(folder)]
+    cells = [folder for folder in needs if {"train", "label"} & read_task(folder).keys()]
     waiting = [folder for folder in needs if not is_done(folder)]
     told = {folder: set(read_state(folder)["stages"]) for folder in waiting}
     running: dict[Path, Any] = {}
     ended = len(cells) - sum(folder in waiting for folder in cells)
-    layout = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} cells [{elapsed}<{remaining}]"
+    layout = f"{{percentage:3.0f}}%|{{bar}}| {{n:.1f}}/{{total}} {unit} [{{elapsed}}<{{remaining}}]"
     with tqdm(total=len(cells), initial=ended, bar_format=layout, disable=None) as bar:
         try:
             while waiting or running:
@@ -344,10 +348,15 @@ def duration(seconds: float) -> str:
 
 
 def progress(folder: Path) -> float:
-    """Share of a running task that is done, by the epochs of its training."""
+    """Share of a running task that is done, by the epochs of its training or the lines of cases."""
     if "train" in read_state(folder)["stages"]:
         return 0.95
-    options = read_task(folder)["train"]
+    task = read_task(folder)
+    if "label" in task:
+        lines, cases = Path(task["label"]["lines"]), task["label"]["cases"]
+        labeled = lines.read_bytes().count(b"\n") if lines.is_file() else 0
+        return 0.95 * min(1, labeled / max(1, len(cases)))
+    options = task["train"]
     log = Path(options["model"]) / LOG_NAME
     epochs = log.read_bytes().count(b"\n") if log.is_file() else 0
     return 0.95 * min(1, epochs / options["epochs"])

@@ -237,6 +237,13 @@ def pseudo_labels(task: dict, folder: Path) -> dict:
 
 
 def write_csv(header: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
+def label(task: dict, folder: Path) -> dict:
+    """Label a part of the scans without masks."""
+    from nnunet_ssl.offline.predict import label_part
+
+    return label_part(task["label"])
+
+
     """Write a table atomically."""
     with atomic_path(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -252,6 +259,7 @@ STAGES: dict[str, Callable[[dict, Path], dict | None]] = {
     "evaluate": evaluate,
     "pseudo_labels": pseudo_labels,
 }
+    "label": label,
 
 
 def run_stage(command: Sequence[str], folder: Path, stage: str) -> None:

@@ -173,7 +173,7 @@ def split_dataset(
         raise UserError(f"New id {new_id} is not between 1 and 999. Give another with -o.")
     raw = read_annotated(find_raw_dataset(source) if isinstance(source, int) else Path(source))
     source_folder = raw.folder
-    _check_id_free(new_id)
+    check_id_free(new_id)
 
     order = read_case_list(list_file, raw) if list_file else sorted(raw.labeled)
     chosen = read_case_list(test, raw) if isinstance(test, Path) else test or 0
@@ -387,7 +387,8 @@ def atomic_folders(*targets: Path) -> Iterator[list[Path]]:
         raise
 
 
-def _check_id_free(new_id: int) -> None:
+def check_id_free(new_id: int) -> None:
+    """Raise UserError if any of nnU-Net's folders holds a data set of this id."""
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         root = os.environ.get(variable)
         taken = sorted(Path(root).glob(f"Dataset{new_id:03d}_*")) if root else []
@@ -443,12 +444,12 @@ def place_cases(
         folder.mkdir(parents=True, exist_ok=True)
     for case in cases:
         for channel, path in enumerate(source.labeled[case]):
-            _link(path, images / f"{case}_{channel:04d}{ending}", copy)
-        _link(source.masks[case], masks / f"{case}{ending}", copy)
+            link(path, images / f"{case}_{channel:04d}{ending}", copy)
+        link(source.masks[case], masks / f"{case}{ending}", copy)
         for path, folder in ((source.labeled[case][0], images), (source.masks[case], masks)):
             spacing = path.with_name(f"{case}.json")  # beside TIFF images and masks
             if spacing.is_file():
-                _link(spacing, folder / spacing.name, copy)
+                link(spacing, folder / spacing.name, copy)
 
 
 def place_once(raw: RawDataset, cases: Sequence[str], target: Path) -> None:
@@ -461,7 +462,8 @@ def place_once(raw: RawDataset, cases: Sequence[str], target: Path) -> None:
         place_cases(raw, cases, part / "images", part / "labels")
 
 
-def _link(source: Path, target: Path, copy: bool) -> None:
+def link(source: Path, target: Path, copy: bool = False) -> None:
+    """Link a file to where it really is; copy it if asked to, or where links cannot be made."""
     if not copy:
         try:
             target.symlink_to(source.resolve())

@@ -1,0 +1,1 @@
+"""Self-training: label scans without masks, choose the stable ones, train on them."""

@@ -1,0 +1,225 @@
+"""The rounds as a whole: nnU-Net's predictor and preprocessing are real, trainings are faked."""
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.offline.command import pseudo_label
+
+from .conftest import KEPT, TRAINER, make_model, read
+
+FIRST, SECOND = "Dataset950_Toy_round1", "Dataset951_Toy_round2"
+
+
+def run(**options):
+    return pseudo_label(901, "2d", 950, **{"trainer": TRAINER, "device": "cpu"} | options)
+
+
+def mask(path):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def names(folder):
+    return sorted(p.name.removesuffix(".nii.gz") for p in folder.iterdir())
+
+
+def test_a_round_from_a_finished_model(own, segmenting, trainings, start, no_plots, capsys):
+    make_model(own, "Dataset901_Toy")
+    assert run(rounds=1, drop=0.4) == 0
+    assert [words[1:4] for words in trainings] == [["950", "2d", "all"]]
+    raw, base = own / "nnUNet_raw" / FIRST, own / "nnUNet_preprocessed" / FIRST
+    told = read(raw / "pseudo_labels.json")
+    kept = [case for case, row in told["cases"].items() if row["kept"]]
+    left = sorted(told["cases"].keys() - set(kept))
+    assert len(kept) == 3 and len(left) == 2
+    assert all(told["cases"][case]["why"] == "among the least stable 40 %" for case in left)
+    assert min(told["cases"][c]["stability"] for c in kept) >= max(
+        told["cases"][c]["stability"] for c in left
+    )
+    assert told["stability"]["members"] == ["at_40", "at_70", "view", "view0", "view1"]
+
+    assert names(raw / "labelsTr") == sorted(["tr_000", "tr_001", "tr_002", *kept])
+    assert names(raw / "imagesUn") == [f"{case}_0000" for case in left]
+    assert read(raw / "dataset.json") == read(own / "nnUNet_raw/Dataset901_Toy/dataset.json") | {
+        "numTraining": 6,
+        "labels": {"background": 0, "organ1": 1, "organ2": 2, "ignore": 3},
+    }
+    source = own / "nnUNet_raw/Dataset901_Toy/labelsTr/tr_000.nii.gz"
+    assert (mask(raw / "labelsTr/tr_000.nii.gz") == mask(source)).all()
+    made = own / f"results/{FIRST}/self_training/teacher0/fold_all/masks/{kept[0]}.nii.gz"
+    decision, target = mask(made), mask(raw / f"labelsTr/{kept[0]}.nii.gz")
+    unsure = np.roll(decision, 1, -1) != decision  # where the earlier checkpoints differ
+    assert ((target == 3) == unsure).all() and (target[~unsure] == decision[~unsure]).all()
+
+    # plans and fingerprint are the teacher's
+    plans = read(base / "nnUNetPlans.json")
+    before = own / "nnUNet_preprocessed/Dataset901_Toy"
+    assert plans == read(before / "nnUNetPlans.json") | {"dataset_name": FIRST}
+    for name in ("dataset_fingerprint.json",):
+        assert read(base / name) == read(before / name)
+
+    trainer = start(FIRST)
+    trainer.on_train_start()
+    train, val = trainer.do_split()
+    val = sorted(val)
+    assert val == ["tr_000", "tr_001", "tr_002"]  # no mask that a model made
+    assert sorted(set(train)) == sorted([*val, *kept])
+    trainer.on_train_epoch_start()
+    trainer.step = 1  # of 2: the unlabelled weight is on
+    result = trainer.train_step(next(trainer.dataloader_train))
+    assert np.isfinite(float(result["loss"]))
+    trainer.on_train_end()
+    out = capsys.readouterr().out
+    assert "3 of 5 pseudo-labels kept" in out and "nnUNetv2_predict -d 950 -c 2d" in out
+
+
+def test_rounds_end_when_the_masks_settle(own, segmenting, trainings, no_plots, capsys):
+    assert run(rounds=3) == 0
+    # the teacher, then the student of the first round; its masks are the same
+    assert [words[1] for words in trainings] == ["901", "950"]
+    assert all(words[5] == KEPT for words in trainings)
+    assert "settled" in capsys.readouterr().out
+    assert not (own / "nnUNet_raw" / SECOND).exists()
+
+
+def test_every_round_has_a_data_set_of_its_own(own, segmenting, trainings, monkeypatch):
+    monkeypatch.setattr("nnunet_ssl.offline.command.LEAST_CHANGE", -1)
+    assert run(rounds=2) == 0
+    assert [words[1] for words in trainings] == ["901", "950", "951"]
+    second = read(own / "nnUNet_raw" / SECOND / "pseudo_labels.json")
+    assert second["round"] == 2 and FIRST in second["teacher"]
+    # all scans are labelled anew, not only those that were left
+    assert sorted(second["cases"]) == [f"un_{k:03d}" for k in range(5)]
+    assert sorted(read(own / "nnUNet_raw" / SECOND / "dataset.json")["labels"].values()) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    trainings.clear()
+    assert run(rounds=2) == 0 and not trainings  # all is there
+
+
+def test_folds_get_pseudo_labels_of_their_own(own, segmenting, trainings, start, no_plots):
+    assert run(rounds=1, folds=["0", "2"]) == 0
+    assert [(w[1], w[3]) for w in trainings] == [
+        ("901", "0"),
+        ("901", "2"),
+        ("950", "0"),
+        ("950", "2"),
+    ]
+    raw, base = own / "nnUNet_raw" / FIRST, own / "nnUNet_preprocessed" / FIRST
+    told = read(raw / "pseudo_labels.json")["cases"]
+    splits, before = (
+        read(folder / "splits_final.json")
+        for folder in (base, own / "nnUNet_preprocessed/Dataset901_Toy")
+    )
+    for number, (fold, old) in enumerate(zip(splits, before, strict=True)):
+        assert fold["val"] == old["val"]
+        added = set(fold["train"]) - set(old["train"])
+        made = {n for n, row in told.items() if row["kept"] and row["fold"] == str(number)}
+        assert added == made and len(made) == (4 if number in (0, 2) else 0)
+    train, val = start(FIRST, fold=2).do_split()
+    assert not {c for c in train if "_fold0" in c} and val == before[2]["val"]
+
+
+def test_all_rejected_changes_nothing(own, trainings, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "nnunet_ssl.offline.predict.Teacher.segment",
+        lambda self, data, *_, **__: np.zeros(data.shape[1:], np.uint8),
+    )
+    assert run() == 1
+    out = capsys.readouterr().out
+    assert "All 5 pseudo-labels for fold all were rejected: 5 times no organ1" in out
+    assert not (own / "nnUNet_raw" / FIRST).exists()
+    assert not (own / "nnUNet_preprocessed" / FIRST).exists()
+
+
+def test_a_scan_that_cannot_be_read_is_skipped(own, segmenting, trainings, capsys):
+    scan = own / "nnUNet_raw/Dataset901_Toy/imagesUn/un_001_0000.nii.gz"
+    scan.write_bytes(scan.read_bytes()[:200])
+    (own / "nnUNet_preprocessed/Dataset901_Toy/nnUNetPlans_2d_unlabeled/un_003.b2nd").write_bytes(
+        b"damaged"
+    )
+    assert run(rounds=1) == 0
+    told = read(own / "nnUNet_raw" / FIRST / "pseudo_labels.json")["cases"]
+    assert "un_001_0000.nii.gz" in told["un_001"]["why"] and "un_003" in told["un_003"]["why"]
+    left = names(own / "nnUNet_raw" / FIRST / "imagesUn")
+    assert not {"un_001_0000", "un_003_0000"} & set(left)
+    assert "2 scans skipped" in capsys.readouterr().out
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "--rounds is 0"),
+        ({"drop": 1.0}, "--drop is 1"),
+        ({"folds": ["7"]}, "give all alone, or some of 0 1 2"),
+        ({"folds": ["0", "all"]}, "give all alone"),
+        ({"folds": ["0"], "joint": True}, "--joint"),
+        ({"shapes": ["round"]}, "--shape round: it is none of the ready ones"),
+        ({"shapes": ["ellipse"]}, "these images are 3D"),
+        ({"plans": "None"}, r"None.json does not exist. Run: nnunet_ssl plan_and_preprocess"),
+        ({"trainer": "SSLTrainer+keep_at=0.5"}, "keep_at must hold 0.4,0.7"),
+        ({"hidden": "nowhere"}, "--hidden nowhere is no folder"),
+        ({"model": "nowhere"}, "No finished model in"),
+    ],
+)
+def test_bad_options(own, trainings, options, message):
+    before = sorted(own.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        run(**options)
+    assert sorted(own.rglob("*")) == before and not trainings
+
+
+def test_a_trainer_without_the_ignore_label(own, trainings, monkeypatch):
+    monkeypatch.setattr("nnunet_ssl.trainers.SSLTrainer.SSLTrainer.supports_ignore", False)
+    with pytest.raises(UserError, match="does not support the ignore label"):
+        run(trainer=TRAINER + "+save_every=9")  # a name that no other test has made
+    assert not trainings
+
+
+def test_id_that_is_taken(own, trainings):
+    (own / "nnUNet_preprocessed/Dataset951_Other").mkdir()
+    with pytest.raises(UserError, match=r"Id 951 is taken by .*Dataset951_Other"):
+        run(rounds=2)
+    assert not trainings
+
+
+def test_models_that_cannot_start(own, trainings):
+    model = make_model(own, "Dataset901_Toy", folds=("0",))
+    with pytest.raises(UserError, match=r"has no finished fold all. Folds there: 0"):
+        run(model=model)
+    plans = read(model / "plans.json")
+    (model / "plans.json").write_text(json.dumps(plans | {"dataset_name": "Dataset004_Other"}))
+    with pytest.raises(UserError, match="a model of Dataset004_Other, not of Dataset901_Toy"):
+        run(model=model)
+    (model / "plans.json").write_text(json.dumps(plans))
+    (model / "fold_0/validation").mkdir()
+    (model / "fold_0/validation/tr_001.nii.gz").touch()
+    with pytest.raises(UserError, match="another split than fold 0 has now"):
+        run(model=model, folds=["0"])
+
+
+def test_a_collapsed_model_must_not_teach(own, trainings):
+    log = {
+        "terms": {"sup": -0.5},
+        "pseudo_labels": {"brake": 0.3},
+        "pseudo_dice": {"teacher": [0.5, 0.6]},
+    }
+    make_model(own, "Dataset901_Toy", log=log)
+    with pytest.raises(UserError, match=r"must not teach: .*the brake stood at 0.30"):
+        run()
+    assert not (own / "nnUNet_raw" / FIRST).exists()
+
+
+def test_a_run_that_was_begun_otherwise(own, segmenting, trainings):
+    assert run(rounds=1) == 0
+    with pytest.raises(UserError, match=r"has begun with drop 0.2, now it is 0.3"):
+        run(rounds=1, drop=0.3)
