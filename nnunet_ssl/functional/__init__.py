@@ -22,6 +22,14 @@ from nnunet_ssl.functional.consistency import prob_mse, sigmoid_mse, softmax_mse
 from nnunet_ssl.functional.curriculum import curriculum_weight, relative_rank
 from nnunet_ssl.functional.cutmix import cutmix, cutmix_boxes, random_partners
 from nnunet_ssl.functional.cutout import cutout
+from nnunet_ssl.functional.diffusion import (
+    Sampled,
+    alpha_bars,
+    clean_state,
+    ddim,
+    ddim_steps,
+    q_sample,
+)
 from nnunet_ssl.functional.displacement import (
     Windows,
     choose_windows,
@@ -58,6 +66,7 @@ from nnunet_ssl.functional.meta_labels import (
 from nnunet_ssl.functional.mixing import exchange, random_boxes
 from nnunet_ssl.functional.outputs import confidence, downsample, full_res, hard_labels, to_prob
 from nnunet_ssl.functional.overlap import soft_target_dice_loss, squared_dice_loss
+from nnunet_ssl.functional.propagation import draw_per_class, propagation_loss
 from nnunet_ssl.functional.pseudo_loss import deep_supervised, pseudo_ce_dice
 from nnunet_ssl.functional.ramps import rampup_between, sigmoid_rampup, warmup_cosine
 from nnunet_ssl.functional.selection import (
@@ -109,9 +118,11 @@ __all__ = [
     "Opinion",
     "PairLosses",
     "Places",
+    "Sampled",
     "Windows",
     "add_noise",
     "affinity",
+    "alpha_bars",
     "apply_flips",
     "apply_rot90",
     "binary_logits",
@@ -119,6 +130,7 @@ __all__ = [
     "cached_gradients",
     "choose_windows",
     "class_shift",
+    "clean_state",
     "clustering_loss",
     "coarse_maps",
     "competition_loss",
@@ -129,10 +141,13 @@ __all__ = [
     "cutmix",
     "cutmix_boxes",
     "cutout",
+    "ddim",
+    "ddim_steps",
     "deep_supervised",
     "dirichlet_logits",
     "displace",
     "downsample",
+    "draw_per_class",
     "draw_places",
     "early_gradients",
     "ellipse_distance",
@@ -170,7 +185,9 @@ __all__ = [
     "partition",
     "perturbed",
     "prob_mse",
+    "propagation_loss",
     "pseudo_ce_dice",
+    "q_sample",
     "rampup_between",
     "random_blocks",
     "random_boxes",

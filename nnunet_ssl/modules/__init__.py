@@ -1,8 +1,12 @@
 """Parts of methods that learn or remember; their state goes into the checkpoint."""
 
 from nnunet_ssl.modules.backbones import Backbone, check_backbone, pretrained_backbone
+from nnunet_ssl.modules.bank import ClassBank
 from nnunet_ssl.modules.brake import ClassBrake, class_shares
 from nnunet_ssl.modules.clusters import TokenClusters
+from nnunet_ssl.modules.diffusion import DiffusionNetwork
+from nnunet_ssl.modules.drift import DriftGauge, confirms_itself
+from nnunet_ssl.modules.insertion import finest_stage, insert_after_stage
 from nnunet_ssl.modules.lora import LowRank, add_low_rank
 from nnunet_ssl.modules.moments import ClassMoments
 from nnunet_ssl.modules.networks import MeanOfNetworks, linked_prob, other_network
@@ -15,9 +19,12 @@ from nnunet_ssl.modules.thresholds import ClassThresholds
 
 __all__ = [
     "Backbone",
+    "ClassBank",
     "ClassBrake",
     "ClassMoments",
     "ClassThresholds",
+    "DiffusionNetwork",
+    "DriftGauge",
     "ImageSegmenter",
     "LowRank",
     "MeanOfNetworks",
@@ -29,8 +36,11 @@ __all__ = [
     "add_low_rank",
     "check_backbone",
     "class_shares",
+    "confirms_itself",
     "decode",
     "dropout_factors",
+    "finest_stage",
+    "insert_after_stage",
     "linked_prob",
     "other_network",
     "perturbed_forward",
