@@ -344,6 +344,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--tolerance", type=float, default=1.0, help="of NSD, in that unit (%(default)s)"
     )
+    sub.add_argument(
+        "--circumference",
+        nargs="+",
+        default=(),
+        metavar="CLASS",
+        help="compare the circumference of these classes as well, by a fitted ellipse, in mm; "
+        "fetal heads in 2D",
+    )
     sub.add_argument("-np", type=int, metavar="N", help="processes; default: one per core")
 
     sub = add(
@@ -690,6 +698,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         dataset_json=args.dataset_json,
         units=args.units,
         tolerance=args.tolerance,
+        circumference=args.circumference,
         processes=args.np,
     )
 

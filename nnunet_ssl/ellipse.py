@@ -140,12 +140,15 @@ def mask_ellipse(
     return fit_ellipse(outline(largest_piece(mask), known) * spacing)
 
 
-def head_circumference(mask: np.ndarray, spacing: Sequence[float]) -> float | None:
+def head_circumference(
+    mask: np.ndarray, spacing: Sequence[float], known: np.ndarray | None = None
+) -> float | None:
     """Return the circumference of the ellipse that fits a mask, in the unit of the spacing.
 
     Args:
         mask: (H, W) bool, e.g. a fetal head in ultrasound.
         spacing: edge lengths of a pixel, mm for mm, in the order of the axes.
+        known: (H, W) bool, False on padding and where nothing is annotated.
 
     Returns:
         None if no ellipse fits, as for an empty mask.
@@ -153,5 +156,5 @@ def head_circumference(mask: np.ndarray, spacing: Sequence[float]) -> float | No
     Source: the measure of the HC18 challenge, van den Heuvel et al. 2018,
         doi:10.1371/journal.pone.0200412.
     """
-    ellipse = mask_ellipse(mask, spacing=spacing)
+    ellipse = mask_ellipse(mask, known, spacing)
     return None if ellipse is None else ellipse.circumference

@@ -155,7 +155,7 @@ def run_benchmark(
 
 
 def read_data(spec: Spec) -> Data:
-    """Find source, order, groups and test cases of a spec; no image is opened.
+    """Find source, order, groups and test cases of a spec; at most one mask is opened.
 
     Raises:
         UserError: names the spec's line and key, or the file.
@@ -175,6 +175,8 @@ def read_data(spec: Spec) -> Data:
             f"distances in mm, but {source} was converted from files without spacing. Write "
             f"evaluate: {{units: voxel}}.",
         )
+    if spec.circumference:
+        check_heads(spec, raw)
     order = (
         read_case_list(spec.order, raw)
         if spec.order
@@ -223,6 +225,18 @@ def read_data(spec: Spec) -> Data:
                 f"{'groups' if groups else 'cases'} are for training. Give fewer.",
             )
     return data
+
+
+def check_heads(spec: Spec, raw: RawDataset) -> None:
+    """Raise UserError unless the classes exist whose circumference is wanted, and are 2D."""
+    key = "evaluate.circumference"
+    known = [name for name in raw.dataset_json["labels"] if name not in ("background", "ignore")]
+    unknown = [name for name in spec.circumference if name not in known]
+    if unknown:
+        raise spec.error(key, f"{unknown[0]} is no class. There are: {', '.join(known)}.")
+    mask, _ = raw.reader_writer()().read_seg(str(next(iter(raw.masks.values()))))
+    if sum(size > 1 for size in mask.shape) > 2:
+        raise spec.error(key, f"is for 2D images, but {raw.folder} is 3D. Leave it out.")
 
 
 def find_source(spec: Spec) -> Path:
@@ -465,7 +479,8 @@ def cell_task(
             "test cases": sorted(data.test),
             "trainer": cell.trainer,
             "predict": {"mirroring": spec.mirroring, "step_size": spec.step_size},
-            "evaluate": {"units": spec.units, "tolerance": spec.tolerance},
+            "evaluate": {"units": spec.units, "tolerance": spec.tolerance}
+            | ({"circumference": list(spec.circumference)} if spec.circumference else {}),
             "pseudo_labels": len(hidden) if pseudo_labels else 0,
         },
         "environment": environment(own_folders(folder, results), workers),
@@ -490,6 +505,7 @@ def cell_task(
             "dataset_json": str(data.raw.folder / "dataset.json"),
             "units": spec.units,
             "tolerance": spec.tolerance,
+            "circumference": list(spec.circumference),
             "processes": max(1, (os.cpu_count() or 1) // workers),
         },
         "pseudo_labels": pseudo_labels,

@@ -25,7 +25,15 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunet_ssl.errors import MAX_LISTED, UserError
-from nnunet_ssl.evaluation.metrics import DISTANCES, OVERLAPS, Scores, bounding_box, score_masks
+from nnunet_ssl.evaluation.metrics import (
+    CIRCUMFERENCES,
+    DISTANCES,
+    OVERLAPS,
+    Scores,
+    bounding_box,
+    circumference_errors,
+    score_masks,
+)
 from nnunet_ssl.io import (
     atomic_path,
     check_complete,
@@ -49,9 +57,15 @@ DEFINITIONS = (
     "surface voxels of both masks within the tolerance, voxels counted, not weighted by area. "
     "sd: over cases, n - 1."
 )
+CIRCUMFERENCE = (
+    "HC error: head circumference of the segmentation minus that of the annotation, each measured "
+    "on the ellipse that fits the outline of the mask's largest piece; |HC error|: its size. "
+    "Missing where no ellipse fits one of the two."
+)
 WIDTH = 100  # of the text below the table
 UNITS = {"mm": ("mm",), "voxel": ("voxel",), "both": ("mm", "voxel")}
 TITLES = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "assd": "ASSD", "asd": "ASD"}
+TITLES |= {"hc_error": "HC error", "hc_abs_error": "|HC error|"}
 ITK_ENDINGS = (".nii", ".mhd")  # read by SimpleITK, but not in the list of nnU-Net's reader
 ENDINGS = {*ITK_ENDINGS, *(e for cls in LIST_OF_IO_CLASSES for e in cls.supported_file_endings)}
 # how far the geometry of two files of one grid may differ, by rounding in their headers
@@ -97,6 +111,7 @@ def evaluate_folder(
     dataset_json: Path | None = None,
     units: Literal["mm", "voxel", "both"] = "mm",
     tolerance: float = 1.0,
+    circumference: Sequence[str] = (),
     processes: int | None = None,
     quiet: bool = False,
 ) -> dict:
@@ -114,6 +129,7 @@ def evaluate_folder(
             predictions, beside the annotations or one folder up.
         units: of the distances.
         tolerance: of NSD, in each of the units, >= 0.
+        circumference: classes that are heads, whose circumference is compared as well. 2D, in mm.
         processes: cases at a time; None: one per core.
         quiet: print nothing.
 
@@ -122,7 +138,8 @@ def evaluate_folder(
 
     Raises:
         UserError: no files; a prediction missing or too many; labels unknown; a file unreadable;
-            shape or geometry of a pair differ; a value outside the labels. One message tells all.
+            shape or geometry of a pair differ; a value outside the labels; a circumference in 3D
+            or without spacing. One message tells all.
     """
     ground_truth, predictions, output = Path(ground_truth), Path(predictions), Path(output)
     if not (math.isfinite(tolerance) and tolerance >= 0):
@@ -132,6 +149,7 @@ def evaluate_folder(
     dataset = _find_dataset_json(ground_truth, predictions, dataset_json, labels is None)
     content = _read_dataset_json(dataset) if dataset else {}
     classes = _classes_of_values(labels) if labels else _classes_of_dataset(dataset, content)
+    _check_circumference(circumference, classes, units)
     annotations = _list_masks(ground_truth, content)
     segmentations = _list_masks(predictions, content)
     _check_pairs(ground_truth, annotations, predictions, segmentations)
@@ -139,10 +157,14 @@ def evaluate_folder(
     cases = list(annotations)
     readers = [_choose_reader(files, content) for files in (annotations, segmentations)]
     spacing_known = all(_holds_spacing(path, readers[0]) for path in annotations.values())
+    if circumference and not spacing_known:
+        raise UserError(
+            f"The masks in {ground_truth} hold no spacing, so circumferences in mm cannot be told. "
+            f"Write them with spacing, or leave out --circumference."
+        )
     used_units = UNITS[units] if spacing_known else ("voxel",)
-    jobs = [
-        (annotations[c], segmentations[c], *readers, classes, used_units, tolerance) for c in cases
-    ]
+    options = (classes, used_units, tolerance, tuple(circumference))
+    jobs = [(annotations[c], segmentations[c], *readers, *options) for c in cases]
     if processes is None:
         processes = min(len(cases), os.cpu_count() or 1)
     with Workers(processes) as workers, silence() if quiet else nullcontext():
@@ -152,7 +174,7 @@ def evaluate_folder(
     scored: dict[str, CaseScores] = dict(zip(cases, results, strict=True))
     summary = _summarize(scored, classes) | {
         "rule": RULE,
-        "definitions": DEFINITIONS,
+        "definitions": f"{DEFINITIONS} {CIRCUMFERENCE}" if circumference else DEFINITIONS,
         "settings": {
             "ground_truth": str(ground_truth),
             "predictions": str(predictions),
@@ -161,6 +183,7 @@ def evaluate_folder(
             "units": list(used_units),
             "spacing_known": spacing_known,
             "tolerance": tolerance,
+            "circumference": list(circumference),
         },
         "versions": _versions(),
     }
@@ -234,6 +257,19 @@ def _classes_of_dataset(path: Path | None, content: dict) -> Classes:
     if not values:
         raise UserError(f"{path} names no label but background. Add labels.")
     return Classes(values, ignore, str(path))
+
+
+def _check_circumference(names: Sequence[str], classes: Classes, units: str) -> None:
+    unknown = [name for name in names if name not in classes.values]
+    if unknown:
+        raise UserError(
+            f"--circumference {unknown[0]}: no such class. There are: "
+            f"{', '.join(classes.values)} ({classes.source})."
+        )
+    if names and "mm" not in UNITS[units]:
+        raise UserError(
+            "--circumference is told in mm, so --units voxel does not fit. Give --units mm or both."
+        )
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -320,6 +356,7 @@ def score_case(
     classes: Classes,
     units: Sequence[str],
     tolerance: float,
+    circumference: Sequence[str] = (),
 ) -> CaseScores | list[str]:
     """Read, check and score one case; all problems in words if it cannot be scored."""
     pair = ((annotation, annotation_reader), (segmentation, segmentation_reader))
@@ -346,18 +383,26 @@ def score_case(
         return problems
 
     axes = [i for i, size in enumerate(truth.shape) if size > 1] or [0]
+    if circumference and len(axes) != 2:
+        return [f"{annotation} is not 2D, as circumferences need. Leave out --circumference."]
     spacing = geometries[0]["array_spacing"]
     spacings = {"mm": [spacing[i] for i in axes], "voxel": [1.0] * len(axes)}
     shape = tuple(truth.shape[i] for i in axes)
     truth, found = truth.reshape(shape), found.reshape(shape)
-    box = bounding_box((truth != 0) | (found != 0)) or (slice(0, 1),) * len(axes)
     kind = np.min_scalar_type(max(allowed | ignore))
+    result = CaseScores({}, {})
+    heads: dict[str, Scores] = {}
+    for name in circumference:  # on whole images: their frame is no outline
+        values = classes.values[name]
+        ignored = None if classes.ignore is None else truth == classes.ignore
+        masks = np.isin(found, values), np.isin(truth, values)
+        heads[name] = circumference_errors(*masks, spacings["mm"], ignored)
+    box = bounding_box((truth != 0) | (found != 0)) or (slice(0, 1),) * len(axes)
     truth, found = truth[box].astype(kind), found[box].astype(kind)
     ignored = None if classes.ignore is None else truth == classes.ignore
     if ignored is not None:
         found[ignored] = 0
 
-    result = CaseScores({}, {})
     for name, values in classes.values.items():
         masks = {"annotation": np.isin(truth, values), "segmentation": np.isin(found, values)}
         empty = [which for which, mask in masks.items() if not mask.any()]
@@ -365,7 +410,7 @@ def score_case(
             result.empty[name] = "both" if len(empty) == 2 else empty[0]
         result.scores[name] = score_masks(
             **masks, spacings={u: spacings[u] for u in units}, tolerance=tolerance, ignored=ignored
-        )
+        ) | heads.get(name, {})
     return result
 
 
@@ -510,10 +555,13 @@ def format_summary(summary: dict) -> str:
         titles = [TITLES[m] for m in OVERLAPS] + [f"NSD {tolerance:g} {unit}"]
         titles += [f"{TITLES[m]} {unit}" for m in DISTANCES]
         keys = [*OVERLAPS, f"nsd_{unit}", *(f"{m}_{unit}" for m in DISTANCES)]
+        if settings["circumference"] and unit == "mm":
+            titles += [f"{TITLES[m]} mm" for m in CIRCUMFERENCES]
+            keys += [f"{m}_mm" for m in CIRCUMFERENCES]
         rows = [["class", "n", *titles]]
         for name, entry in summary["classes"].items():
             n = entry["metrics"]["dice"]["n"]
-            cells = [_cell(entry["metrics"][key], n, key) for key in keys]
+            cells = [_cell(entry["metrics"].get(key), n, key) for key in keys]
             rows.append([name, str(n), *cells])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         blocks.append(
@@ -523,6 +571,8 @@ def format_summary(summary: dict) -> str:
             )
         )
     notes = [f"Mean ± sd over {summary['cases']} case(s). {summary['rule']}"]
+    if settings["circumference"]:
+        notes.append(CIRCUMFERENCE)
     if not settings["spacing_known"]:
         notes.append("The files hold no spacing: distances are in voxels.")
     what = {
@@ -541,10 +591,10 @@ def format_summary(summary: dict) -> str:
     return "\n\n".join([*blocks, "\n".join(wrapped)])
 
 
-def _cell(statistics: dict, n: int, key: str) -> str:
-    if not statistics["n"]:
+def _cell(statistics: dict | None, n: int, key: str) -> str:
+    if not statistics or not statistics["n"]:
         return "-"
-    digits = 2 if key.startswith(DISTANCES) else 4
+    digits = 2 if key.startswith((*DISTANCES, *CIRCUMFERENCES)) else 4
     text = f"{statistics['mean']:.{digits}f}"
     if statistics["sd"] is not None:
         text += f" ± {statistics['sd']:.{digits}f}"

@@ -21,8 +21,11 @@ METRICS = {  # in the order of the tables: what it is called, decimals
     "assd": ("ASSD", 2),
     "asd": ("ASD", 2),
     "nsd": ("NSD", 1),
+    "hc_abs_error": ("|HC error|", 2),
+    "hc_error": ("HC error", 2),
 }
-MAIN = ("dice", "hd95", "assd", "nsd")  # in the main table; the others stand below it
+# in the main table; the others stand below it
+MAIN = ("dice", "hd95", "assd", "nsd", "hc_abs_error")
 PERCENT = ("dice", "jaccard", "nsd")
 DICE = ("dice", "")
 

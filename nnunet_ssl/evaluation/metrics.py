@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.spatial import cKDTree
 
+from nnunet_ssl.ellipse import head_circumference
+
 OVERLAPS = ("dice", "jaccard")
 DISTANCES = ("hd95", "assd", "asd")
+CIRCUMFERENCES = ("hc_error", "hc_abs_error")
 
 # (metric, unit) -> value, None where it is not defined
 Scores = dict[tuple[str, str], float | None]
@@ -68,6 +71,31 @@ def score_masks(
             scores["asd", unit] = asd(distances[0])
             scores["nsd", unit] = nsd(*distances, tolerance)
     return scores
+
+
+def circumference_errors(
+    segmentation: np.ndarray,
+    annotation: np.ndarray,
+    spacing: Sequence[float],
+    ignored: np.ndarray | None = None,
+) -> Scores:
+    """How much longer the ellipse around the segmentation is than that around the annotation.
+
+    Args:
+        segmentation: bool, (H, W).
+        annotation: bool, (H, W).
+        spacing: edge lengths of a pixel in mm, in the order of the axes.
+        ignored: bool, (H, W), pixels to leave out; an edge towards one is no outline.
+
+    Returns:
+        Difference of the circumferences in mm, with its sign and without; None where no ellipse
+        fits one of the masks.
+    """
+    known = None if ignored is None else ~ignored
+    masks = (m if known is None else m & known for m in (segmentation, annotation))
+    found, wanted = (head_circumference(mask, spacing, known) for mask in masks)
+    error = None if found is None or wanted is None else found - wanted
+    return {("hc_error", "mm"): error, ("hc_abs_error", "mm"): error and abs(error)}
 
 
 def overlap(mask: np.ndarray, other: np.ndarray) -> tuple[float, float]:

@@ -131,6 +131,7 @@ def page_of(runs: Runs) -> dict[str, Any]:
         "rule": statistics.RULE,
         "definitions": evaluate.DEFINITIONS,
         "empty_masks": evaluate.RULE,
+        "heads": evaluate.CIRCUMFERENCE if ("hc_error", "mm") in runs.metrics else "",
         "folds": runs.folds,
         "budget_unit": runs.budget_unit,
         "cases": runs.scores["case"].nunique(),

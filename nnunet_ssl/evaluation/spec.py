@@ -76,6 +76,7 @@ class Spec:
     device: str
     units: Literal["mm", "voxel", "both"]
     tolerance: float
+    circumference: tuple[str, ...]  # classes
     pseudo_labels: int
 
     def error(self, key: str, message: str) -> UserError:
@@ -326,11 +327,13 @@ def read_spec(file: Path) -> Spec:
         device=top.take("device", choice("cuda", "cpu", "mps"), "cuda"),
         units=evaluate.take("units", choice("mm", "voxel", "both"), "mm"),
         tolerance=evaluate.take("tolerance", number(0), 1.0),
+        circumference=evaluate.take("circumference", several(text), ()),
         pseudo_labels=top.take("pseudo_labels", whole(0), 0),
     )
     top.known.append("plans")
     for section in (dataset, predict, evaluate, top):
         section.finish()
+    check_circumference(spec)
     check_planner(spec)
     check_trainers(spec)
     return spec
@@ -374,6 +377,15 @@ def read_settings(top: Section) -> dict[str, str]:
     """Read the section `settings`, whose keys the trainers know."""
     section = top.optional_section("settings")
     return {key: section.take(key, setting) for key in section.nodes}
+
+
+def check_circumference(spec: Spec) -> None:
+    """Raise UserError if circumferences are wanted in 3D, or without mm."""
+    key = "evaluate.circumference"
+    if spec.circumference and spec.configuration != "2d":
+        raise spec.error(key, f"is for 2D images, not for {spec.configuration}. Leave it out.")
+    if spec.circumference and spec.units == "voxel":
+        raise spec.error(key, "is told in mm. Write units: mm or both, or leave it out.")
 
 
 def check_planner(spec: Spec) -> None:

@@ -214,6 +214,7 @@ def score(options: dict, output: Path) -> None:
         dataset_json=Path(options["dataset_json"]),
         units=options["units"],
         tolerance=options["tolerance"],
+        circumference=options.get("circumference", ()),
         processes=options["processes"],
         quiet=True,
     )

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,6 +393,25 @@ def test_no_millimetres_without_spacing(place, run):
     with pytest.raises(UserError, match=r"evaluate: distances in mm.* evaluate: {units: voxel}"):
         run(dry_run=True)
     assert run(more="evaluate: {units: voxel}\n", dry_run=True) == 0
+
+
+def test_circumference(place, commands, run):
+    more = "evaluate: {circumference: [CLASS]}\n"
+    with pytest.raises(UserError, match=r"line 16, evaluate.circumference: is for 2D images, but"):
+        run(more=more.replace("CLASS", "organ1"))
+    with pytest.raises(UserError, match=r"circumference: brain is no class. There are: organ"):
+        run(more=more.replace("CLASS", "brain"))
+    shutil.rmtree(place / "source")
+    make_raw_dataset(place / "source", num_labeled=8, num_unlabeled=0, shape=(1, 16, 16))
+    assert run(more=more.replace("CLASS", "organ1")) == 0
+    errors = [row for row in results(place) if row["metric"] == "hc_abs_error"]
+    assert {row["class"] for row in errors} == {"organ1"}
+    assert all(row["value"] in ("", "0.0") and row["unit"] == "mm" for row in errors)
+    write_report(place / "out", place / "report.html")
+    page = (place / "report.html").read_text(encoding="utf-8")
+    assert "|HC error|" in page and "the HC error should be near 0" in page
+    with pytest.raises(UserError, match="another spec: evaluate was"):
+        run()
 
 
 def test_groups_that_lack_a_case(place, run):

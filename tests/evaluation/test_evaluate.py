@@ -15,8 +15,9 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from skimage import io
 
 from nnunet_ssl.cli import main
+from nnunet_ssl.ellipse import head_circumference
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.evaluate import RULE, evaluate_folder
+from nnunet_ssl.evaluation.evaluate import CIRCUMFERENCE, RULE, evaluate_folder
 
 SPACING = (0.5, 0.75, 2.0)  # x, y, z
 SHAPE = (8, 20, 24)
@@ -244,6 +245,105 @@ def test_tiff_has_its_spacing_beside_it(tmp_path):
         UserError, match=r"found/x\.tif has spacing \(2, 1, 1\).*\(2, 0\.75, 0\.5\)"
     ):
         evaluate(folders, labels=[1, 2])
+
+
+def make_head(axes, center=(60, 80), shape=(120, 160)):
+    distance = np.hypot(
+        *((g - c) / a for g, c, a in zip(np.indices(shape), center, axes, strict=True))
+    )
+    mask = (distance <= 1).astype(np.uint8)
+    mask[2:6, 2:9] = 2  # another class
+    return mask
+
+
+PIXEL = (0.4, 0.5)  # x, y
+
+
+@pytest.fixture
+def heads(tmp_path):
+    """Heads that are larger than annotated, smaller, cut by the frame, without ellipse."""
+    folders = tmp_path / "hc" / "truth", tmp_path / "hc" / "found", tmp_path / "hc" / "scores"
+    cases = {
+        "large": (make_head((40, 50)), make_head((44, 55))),
+        "small": (make_head((40, 50)), make_head((36, 45))),
+        "cut": (make_head((40, 50), (10, 80)), make_head((40, 50), (10, 80))),
+        "missed": (make_head((40, 50)), make_head((0.1, 0.1))),
+    }
+    for case, (truth, found) in cases.items():
+        write(truth, folders[0] / f"{case}.nii.gz", PIXEL)
+        write(found, folders[1] / f"{case}.nii.gz", PIXEL)
+    write_dataset_json(folders[1], {"background": 0, "head": 1, "symphysis": 2})
+    return folders
+
+
+def test_circumference_of_named_classes(heads, capsys):
+    summary = evaluate(heads, circumference=["head"], units="both", quiet=False)
+    rows = read_rows(heads[2])
+    full = head_circumference(make_head((40, 50)) == 1, PIXEL[::-1])
+    error = float(rows["large", "head", "hc_error", "mm"])
+    assert error == pytest.approx(0.1 * full, rel=0.02)
+    assert float(rows["large", "head", "hc_abs_error", "mm"]) == error
+    smaller = float(rows["small", "head", "hc_error", "mm"])
+    assert smaller == pytest.approx(-0.1 * full, rel=0.02)
+    assert float(rows["small", "head", "hc_abs_error", "mm"]) == -smaller
+    assert rows["cut", "head", "hc_error", "mm"] == rows["cut", "head", "hc_abs_error", "mm"]
+    assert float(rows["cut", "head", "hc_error", "mm"]) == 0
+    assert rows["missed", "head", "hc_error", "mm"] == ""
+    assert not [key for key in rows if key[1] == "symphysis" and key[2].startswith("hc")]
+    assert not [key for key in rows if key[2].startswith("hc") and key[3] != "mm"]
+    metrics = summary["classes"]["head"]["metrics"]
+    assert metrics["hc_error_mm"]["n"] == metrics["hc_abs_error_mm"]["n"] == 3
+    assert metrics["hc_abs_error_mm"]["mean"] == pytest.approx((error - smaller) / 3)
+    assert metrics["hc_error_mm"]["mean"] == pytest.approx((error + smaller) / 3)
+    assert "hc_error_mm" not in summary["classes"]["symphysis"]["metrics"]
+    assert summary["settings"]["circumference"] == ["head"]
+    printed = capsys.readouterr().out
+    titles = [line for line in printed.splitlines() if line.startswith("class ")]
+    assert [("HC error mm" in line, "|HC error| mm" in line) for line in titles] == [
+        (True, True),
+        (False, False),
+    ]
+    assert re.search(r"^head .*\(n=3\) +\d+\.\d\d ± \d+\.\d\d \(n=3\)$", printed, re.M)
+    assert CIRCUMFERENCE in " ".join(printed.split())
+
+
+def test_circumference_by_the_command_and_not_unasked(heads):
+    truth, found, scores = map(str, heads)
+    assert (
+        main(["evaluate", "-g", truth, "-p", found, "-o", scores, "--circumference", "head"]) == 0
+    )
+    assert ("large", "head", "hc_error", "mm") in read_rows(heads[2])
+    summary = evaluate(heads)
+    assert CIRCUMFERENCE not in summary["definitions"]
+    assert not [key for key in read_rows(heads[2]) if key[2].startswith("hc")]
+
+
+def test_circumference_without_ignored_pixels(heads):
+    """Half of the head is not annotated; what is said there does not count."""
+    truth, found = make_head((40, 50)), make_head((40, 50))
+    truth[:, 90:] = 3
+    found[:, 95:] = 0
+    write(truth, heads[0] / "large.nii.gz", PIXEL)
+    write(found, heads[1] / "large.nii.gz", PIXEL)
+    write_dataset_json(heads[1], {"background": 0, "head": 1, "symphysis": 2, "ignore": 3})
+    evaluate(heads, circumference=["head"])
+    assert float(read_rows(heads[2])["large", "head", "hc_error", "mm"]) == 0
+
+
+def test_circumference_where_it_cannot_be_measured(heads, folders, tmp_path):
+    with pytest.raises(UserError, match=r"--circumference brain: no such class.* head, symphysis"):
+        evaluate(heads, circumference=["brain"])
+    with pytest.raises(UserError, match=r"told in mm.* Give --units mm or both"):
+        evaluate(heads, circumference=["head"], units="voxel")
+    with pytest.raises(UserError, match=r"a\.nii\.gz is not 2D.* Leave out --circumference"):
+        evaluate(folders, circumference=["organ"])
+    for folder, axes in (("png", (40, 50)), ("png2", (36, 45))):
+        (tmp_path / folder).mkdir()
+        io.imsave(tmp_path / folder / "a.png", make_head(axes), check_contrast=False)
+    flat = tmp_path / "png", tmp_path / "png2", tmp_path / "scores"
+    with pytest.raises(UserError, match=r"png hold no spacing.* or leave out --circumference"):
+        evaluate(flat, labels=[1, 2], circumference=["1"])
+    assert not (tmp_path / "scores").exists()
 
 
 def test_missing_and_extra_predictions_are_named_together(folders):

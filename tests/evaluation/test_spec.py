@@ -49,6 +49,7 @@ def test_values_and_defaults(read):
     assert (spec.mirroring, spec.step_size, spec.device) == (False, 0.5, "cuda")
     assert spec.plans.features == (4, 8, 8) and spec.plans.patch is None
     assert (spec.units, spec.tolerance, spec.pseudo_labels) == ("mm", 1.0, 0)
+    assert spec.circumference == ()
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,18 @@ def test_values_and_defaults(read):
         ("seeds: [1]", "seeds: [1]\nplanner: Best", 12, "planner: .*Best: nnU-Net has no such"),
         ("seeds: [1]", "seeds: [1]\nplans: {features: [4]}", 12, "plans.features: .*at least two"),
         ("seeds: [1]", "seeds: [1]\npredict: {step_size: 2}", 12, "above 0, at most 1"),
+        (
+            "seeds: [1]",
+            "seeds: [1]\nevaluate: {units: voxel, circumference: [head]}",
+            12,
+            "evaluate.circumference: is told in mm. Write units",
+        ),
+        (
+            "configuration: 2d",
+            "configuration: 3d_fullres\nevaluate: {circumference: [head]}",
+            9,
+            "evaluate.circumference: is for 2D images, not for 3d_fullres",
+        ),
         ("seeds: [1]", "seeds: [1]\nalso: [gold]", 12, "also: .*stock or bound or equal_compute"),
         ("SSLTrainerBCP", "SSLTrainerBPC", 12, "trainers: No trainer 'SSLTrainerBPC'. There are"),
         ("SSLTrainerBCP", "SSLTrainerBCP+box=2", 12, "trainers: .*box=2.* between 0 and 1"),
