@@ -57,6 +57,7 @@ from nnunet_ssl.functional.evidence import (
 )
 from nnunet_ssl.functional.features import feature_cosine, feature_l1
 from nnunet_ssl.functional.guided import guided_count, guided_share
+from nnunet_ssl.functional.haar import fft_bands, haar_split, laplacian_bands
 from nnunet_ssl.functional.meta_labels import (
     partition,
     retrieval,
@@ -69,6 +70,7 @@ from nnunet_ssl.functional.overlap import soft_target_dice_loss, squared_dice_lo
 from nnunet_ssl.functional.propagation import draw_per_class, propagation_loss
 from nnunet_ssl.functional.pseudo_loss import deep_supervised, pseudo_ce_dice
 from nnunet_ssl.functional.ramps import rampup_between, sigmoid_rampup, warmup_cosine
+from nnunet_ssl.functional.scan import selective_scan
 from nnunet_ssl.functional.selection import (
     Places,
     draw_places,
@@ -157,6 +159,7 @@ __all__ = [
     "expected_ce",
     "feature_cosine",
     "feature_l1",
+    "fft_bands",
     "fisher_evidential_loss",
     "fit_ellipses",
     "from_slices",
@@ -165,9 +168,11 @@ __all__ = [
     "gather_places",
     "guided_count",
     "guided_share",
+    "haar_split",
     "half_mirrored",
     "hard_labels",
     "iuc_contrast",
+    "laplacian_bands",
     "largest_component",
     "largest_component_regions",
     "largest_region",
@@ -203,6 +208,7 @@ __all__ = [
     "sample_mse",
     "sampled_moments",
     "select_best",
+    "selective_scan",
     "sigmoid_mse",
     "sigmoid_rampup",
     "slice_features",

@@ -8,6 +8,7 @@ from nnunet_ssl.modules.diffusion import DiffusionNetwork
 from nnunet_ssl.modules.drift import DriftGauge, confirms_itself
 from nnunet_ssl.modules.insertion import finest_stage, insert_after_stage
 from nnunet_ssl.modules.lora import LowRank, add_low_rank
+from nnunet_ssl.modules.mamba import HighFrequencyMamba, SelectiveSSM
 from nnunet_ssl.modules.moments import ClassMoments
 from nnunet_ssl.modules.networks import MeanOfNetworks, linked_prob, other_network
 from nnunet_ssl.modules.perturb import dropout_factors, perturbed_forward
@@ -24,12 +25,14 @@ __all__ = [
     "ClassMoments",
     "ClassThresholds",
     "DiffusionNetwork",
+    "HighFrequencyMamba",
     "DriftGauge",
     "ImageSegmenter",
     "LowRank",
     "MeanOfNetworks",
     "Projector",
     "ScoreMemory",
+    "SelectiveSSM",
     "SliceNetwork",
     "Tapped",
     "TokenClusters",
