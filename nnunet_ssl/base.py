@@ -396,6 +396,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.ema_decay is not None:
             ema_update(self.teacher, self.network, self.teacher_decay())
 
+    def measure_drift(self) -> dict[str, float | list[float]]:
+        """Return numbers about the pseudo-labels of fixed patches, at the end of each epoch."""
+        return {}
+
     def teacher_decay(self) -> float:
         """Return the weight of the teacher's old value for this step.
 
@@ -832,6 +836,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "pseudo_labels": {},
             "shares": {},
             "pseudo_dice": self._pseudo_dice,
+            "drift": self.measure_drift(),
             "patches": self._patches,
             "steps_without_pseudo": self._dropped_pseudo,
             "steps_left_out": self._skipped_steps,
@@ -868,7 +873,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _log_externally(self, record: dict) -> None:
         """Send every number to nnU-Net's external loggers; its local one takes no new keys."""
-        for group in ("terms", "pseudo_labels", "shares", "pseudo_dice"):
+        for group in ("terms", "pseudo_labels", "shares", "pseudo_dice", "drift"):
             for name, value in record[group].items():
                 values = value if isinstance(value, list) else [value]
                 for k, number in enumerate(values):
@@ -1027,6 +1032,30 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             probabilistic_oversampling=self.probabilistic_oversampling,
         )
         return train, val
+
+    def fixed_patches(self, least: int) -> tuple[Tensor, Tensor]:
+        """Return unlabelled patches without augmentation, the same ones in every run.
+
+        Args:
+            least: number of patches, rounded up to whole batches of the plan.
+
+        Returns:
+            x (N, C, *) and valid (N, 1, *) bool, False on padding; not on the training device.
+        """
+        patch_size = self.configuration_manager.patch_size
+        transforms = self.get_validation_transforms(
+            None, foreground_labels=self.label_manager.foreground_labels
+        )
+        with checkpoints.own_randomness(0, self.device):
+            batch = PatchLoader(
+                self._unlabeled_cases(),
+                math.ceil(least / self.batch_size) * self.batch_size,
+                patch_size,
+                patch_size,
+                self.label_manager,
+                Pipeline(transforms, labeled=False),
+            ).generate_train_batch()
+        return batch["data"], batch["valid"]
 
     def _augmenter(self, loader: Any, workers: int, processes: int, cached: int) -> Any:
         if workers == 0:

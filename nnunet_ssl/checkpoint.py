@@ -2,7 +2,8 @@
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,17 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from generators seeded for this block; training draws as if it was not there."""
+    drawn = random_state(device)
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        restore_random_state(drawn, device)
 
 
 def seed_everything(seed: int) -> None:

@@ -94,11 +94,13 @@ class History:
             ("ramp weight, coverage, confidence, agreement", "pseudo_labels"),
             ("class share: pseudo-labels solid, annotated dashed", "shares"),
             ("pseudo-Dice, mean over classes", "pseudo_dice"),
+            ("fixed patches, mean over classes", "drift"),
         ]
         with plt.style.context("default"):  # nnU-Net's plots leave their large fonts behind
-            figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
+            figure, axes = plt.subplots(2, 3, figsize=(20, 9), layout="constrained")
+            axes.flat[-1].set_axis_off()
             epochs = [r["epoch"] for r in self.records]
-            for axis, (title, group) in zip(axes.flat, panels, strict=True):
+            for axis, (title, group) in zip(axes.flat[:-1], panels, strict=True):
                 for name, values, style in self._curves(group):
                     axis.plot(epochs, values, style, label=name, marker=".")
                 axis.set(title=title, xlabel="epoch")
@@ -137,16 +139,18 @@ class History:
                 for k in range(classes)
             ]
         names = sorted({name for r in self.records for name in r.get(group, {})})
-        if group == "pseudo_dice":
+        if group in ("pseudo_dice", "drift"):
             return [
-                (name, [_mean(r.get(group, {}).get(name)) for r in self.records], "-")
+                (name, [mean_of(r.get(group, {}).get(name)) for r in self.records], "-")
                 for name in names
             ]
         return [(name, column(group, name), "-") for name in names]
 
 
-def _mean(values: Sequence[float | None] | None) -> float:
-    counted = [v for v in values or [] if v is not None]
+def mean_of(values: Sequence[float | None] | float | None) -> float:
+    """Return the mean of the values that are known; NaN if there is none."""
+    values = [values] if isinstance(values, float) else values
+    counted = [v for v in values or [] if v is not None and not math.isnan(v)]
     return sum(counted) / len(counted) if counted else float("nan")
 
 

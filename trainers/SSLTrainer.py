@@ -6,19 +6,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from nnunet_ssl import checkpoint
 from nnunet_ssl.base import SemiSupervisedTrainer, Terms
 from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.functional import (
     apply_flips,
     apply_rot90,
     exchange,
+    full_res,
     hard_labels,
     rampup_between,
     random_boxes,
     random_flips,
     random_rot90,
+    to_prob,
 )
-from nnunet_ssl.modules import ClassBrake, ClassThresholds
+from nnunet_ssl.history import mean_of
+from nnunet_ssl.modules import ClassBrake, ClassThresholds, DriftGauge, confirms_itself
 
 
 class SSLTrainer(SemiSupervisedTrainer):
@@ -38,6 +42,9 @@ class SSLTrainer(SemiSupervisedTrainer):
             pse  counted CE / #pseudo-labelled voxels + Dice over counted voxels
         b = 1, less if the teacher loses a class (always 1 with the ignore label)
         teacher <- a teacher + (1 - a) student
+
+    At the end of each epoch the drift gauge looks at 16 fixed unlabelled patches: how far the
+    teacher's labels moved, how sure it is, how well the student follows. It changes nothing.
 
     Without unlabelled weight (lam = 0) the step is the twin's, exactly.
 
@@ -108,6 +115,46 @@ class SSLTrainer(SemiSupervisedTrainer):
                 self.companions["brake"].update(
                     observed["pseudo_shares"][0], observed["label_shares"][0]
                 )
+
+    def on_train_start(self) -> None:
+        """Look at the fixed patches before the first step, also before that of a continued run."""
+        super().on_train_start()
+        if self.unsup_weight > 0:
+            x, valid = self.fixed_patches(least=16)
+            foreground = self.num_heads if self.regions else self.num_heads - 1
+            self._gauge = DriftGauge(
+                x, valid, foreground, self.regions, self.batch_size, self.look, self.look_again
+            )
+
+    def look(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the teacher's decisions on fixed patches, and which of them are sure."""
+        with self._autocast():
+            prob = self.teacher_prob(x.to(self.device, non_blocking=True))
+        counted = self.companions["thresholds"].mask(prob) & valid.to(self.device)
+        return hard_labels(prob, self.regions).cpu(), counted.cpu()
+
+    def look_again(self, x: Tensor, valid: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the student's decisions on a strong view, and labels and validity moved alike."""
+        x, valid, labels = (t.to(self.device, non_blocking=True) for t in (x, valid, labels))
+        with checkpoint.own_randomness(0, self.device), self._autocast():
+            x, labels, _, valid = self.strong_view(x, labels, valid, valid)
+            prob = to_prob(full_res(self.student(x)), self.regions)
+        return hard_labels(prob, self.regions).cpu(), labels.cpu(), valid.cpu()
+
+    def measure_drift(self) -> dict[str, float | list[float]]:
+        """Measure the fixed patches; warn where sureness rises while the student follows less."""
+        if self.unsup_weight == 0:
+            return {}
+        measured = self._gauge.measure()
+        records = [*(r["drift"] for r in self._history.records), measured]
+        values = [[mean_of(r[name]) for r in records] for name in ("coverage", "agreement")]
+        if self.progress > self.rampup_end and confirms_itself(*values):
+            self.print_to_log_file(
+                "WARNING: over the last ten epochs the teacher became no less sure of unlabelled "
+                "patches while the student follows it less. Pseudo-labels may confirm their own "
+                "mistakes: compare with SSLTrainerSupervised, or annotate more scans."
+            )
+        return measured
 
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the loss of the labelled chunk, then of the unlabelled one."""

@@ -16,6 +16,7 @@ from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import full_res
 from nnunet_ssl.history import read_log
+from nnunet_ssl.trainers import SSLTrainer
 
 
 @pytest.fixture
@@ -650,3 +651,35 @@ def test_unlabeled_preprocessed_for_another_configuration(own_data, make_trainer
     make_trainer("SSLTrainer").on_train_start()  # the other one is not touched
     with pytest.raises(UserError, match=r"not preprocessed for configuration 2d.*-c 2d"):
         make_trainer("SSLTrainer", configuration="2d").on_train_start()
+
+
+def test_the_drift_gauge_changes_nothing_and_sees_the_teacher_move(make_trainer, monkeypatch):
+    def two_epochs(name):
+        trainer = make_trainer(name + "+warmup=0+rampup_end=0+threshold_low=0+threshold_high=0")
+        trainer.on_train_start()
+        for _ in range(2):
+            trainer.on_epoch_start()
+            trainer.on_train_epoch_start()
+            steps = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+            trainer.on_train_epoch_end(steps)
+            trainer.on_validation_epoch_start()
+            with torch.no_grad():
+                trainer.on_validation_epoch_end(
+                    [trainer.validation_step(next(trainer.dataloader_val))]
+                )
+            trainer.on_epoch_end()
+        return trainer
+
+    gauged = two_epochs("SSLTrainer")
+    records = [r["drift"] for r in gauged._history.records]
+    assert all(len(r["volume"]) == len(r["coverage"]) == len(r["agreement"]) == 2 for r in records)
+    assert any(r["changed"] for r in records)
+    patches, valid = gauged.fixed_patches(3)
+    assert patches.shape[0] == 4 and patches.shape[2:] == valid.shape[2:]  # whole batches of 2
+    assert torch.equal(gauged.fixed_patches(3)[0], patches)
+    monkeypatch.setattr(SSLTrainer, "measure_drift", lambda self: {})
+    monkeypatch.setattr(SSLTrainer, "on_train_start", SemiSupervisedTrainer.on_train_start)
+    blind = two_epochs("SSLTrainer")
+    assert [r["drift"] for r in blind._history.records] == [{}, {}]
+    for a, b in zip(gauged.student.parameters(), blind.student.parameters(), strict=True):
+        assert torch.equal(a, b)
