@@ -120,8 +120,8 @@ def volume(
         size = math.prod(spacing) * np.count_nonzero(np.isin(labels, anatomy.label_sets[name]))
         if size and not low / WIDER <= size <= high * WIDER:
             return None, (
-                f"{name} has {size:.4g} mm³, {WIDER:g} times outside the {low:.4g} to {high:.4g} "
-                f"of annotated cases"
+                f"{name} has an unusual volume: {size:.4g} mm³, over {WIDER:g} times outside the "
+                f"{low:.4g} to {high:.4g} of annotated cases"
             )
     return None, None
 

@@ -41,12 +41,12 @@ from nnunet_ssl.offline.predict import (
     label_sets_of,
     read_rows,
 )
-from nnunet_ssl.offline.select import choose, collapse_of
+from nnunet_ssl.offline.select import choose, collapse_of, kind_of
 from nnunet_ssl.offline.stability import change
 from nnunet_ssl.offline.write import Chosen, new_dataset_json, preprocess, write_dataset
 from nnunet_ssl.planning.raw import CaseInfo, RawDataset, read_raw_dataset, silence
 from nnunet_ssl.planning.splits import Splits, check_id_free, ensure_splits
-from nnunet_ssl.planning.workers import Workers
+from nnunet_ssl.planning.workers import Workers, processes_for
 from nnunet_ssl.two_stages import FINAL, pretraining_of
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -394,7 +394,7 @@ def check_folders(run: Run) -> None:
     Raises:
         UserError: an id is taken, or a run there was begun otherwise.
     """
-    path = run.work / SETTINGS
+    path, begun = run.work / SETTINGS, run.work.is_dir()
     if path.is_file():
         before, now = json.loads(path.read_text(encoding="utf-8")), run.settings()
         for key, value in now.items():
@@ -404,9 +404,7 @@ def check_folders(run: Run) -> None:
                     f"Give another id with -o, or put {key} back."
                 )
     for number in range(1, run.rounds + 1):
-        ours = path.is_file() and (
-            number == 1 or (run.folders["nnUNet_raw"] / run.dataset(number)).is_dir()
-        )
+        ours = begun and (number == 1 or (run.folders["nnUNet_raw"] / run.dataset(number)).is_dir())
         if not ours:
             check_id_free(run.new_id + number - 1)
 
@@ -586,11 +584,6 @@ def label(
 # --- a round --------------------------------------------------------------------------------------
 
 
-def processes_for(cases: int) -> int:
-    """Return processes for some cases: starting one takes as long as some ten small scans."""
-    return max(1, min(4, os.cpu_count() or 1, cases // 10))
-
-
 def anatomy_of(run: Run) -> Anatomy:
     """Return what the annotated cases show; measured once."""
     path = run.work / ANATOMY
@@ -645,11 +638,6 @@ def tell_all_rejected(run: Run, number: int, chosen: Sequence[Chosen]) -> None:
         )
     before = f"The result is that of round {number - 1}." if number > 1 else ""
     print(f"Nothing was changed: no data set is made for round {number}. {before}", flush=True)
-
-
-def kind_of(reason: str) -> str:
-    """Return a reason without what differs from case to case."""
-    return "skipped" if reason.startswith("skipped") else reason.split(" has ")[0].split(":")[0]
 
 
 def make_dataset(run: Run, number: int, chosen: Sequence[Chosen]) -> None:

@@ -17,10 +17,11 @@ from nnunet_ssl.data.pseudo_labels import PSEUDO_LABELS
 from nnunet_ssl.evaluation import figures
 from nnunet_ssl.io import write_text
 from nnunet_ssl.offline.predict import MASKS, TARGETS, label_sets_of
+from nnunet_ssl.offline.select import kind_of
 from nnunet_ssl.offline.stability import LabelSets, agreement, stability
 from nnunet_ssl.offline.write import new_dataset_json
 from nnunet_ssl.planning.raw import RawDataset, silence
-from nnunet_ssl.planning.workers import Workers
+from nnunet_ssl.planning.workers import Workers, processes_for
 from nnunet_ssl.version import __version__
 
 LEAST_FOR_RANKS = 5  # cases, below which a rank correlation says nothing
@@ -45,7 +46,6 @@ def write_report(
     rounds: Sequence[Mapping[str, Any]],
     output: Path,
     hidden: Path | None,
-    processes: int = 1,
 ) -> None:
     """Write the page.
 
@@ -55,7 +55,6 @@ def write_report(
         rounds: content of rounds.json.
         output: HTML file; one that exists is replaced.
         hidden: folder with masks of scans without masks, or None.
-        processes: cases compared at once.
     """
     environment = Environment(
         loader=ChoiceLoader(
@@ -74,7 +73,7 @@ def write_report(
         "scans": len(raw.unlabeled),
         "hidden": hidden is not None,
         "version": __version__,
-        "rounds": [round_of(raw, raw_root, entry, hidden, processes) for entry in rounds],
+        "rounds": [round_of(raw, raw_root, entry, hidden) for entry in rounds],
     }
     write_text(environment.get_template("self_training.html.j2").render(page), output)
 
@@ -93,7 +92,6 @@ def round_of(
     raw_root: Path,
     entry: Mapping[str, Any],
     hidden: Path | None,
-    processes: int,
 ) -> dict[str, Any]:
     """Everything the page prints of a round."""
     told = json.loads((raw_root / entry["dataset"] / PSEUDO_LABELS).read_text(encoding="utf-8"))
@@ -101,7 +99,7 @@ def round_of(
         **entry,
         "about": told,
         "folds": [
-            fold_of(raw, told, fold, Path(labels), hidden, processes)
+            fold_of(raw, told, fold, Path(labels), hidden)
             for fold, labels in entry["labels"].items()
         ],
     }
@@ -113,7 +111,6 @@ def fold_of(
     fold: str,
     labels: Path,
     hidden: Path | None,
-    processes: int,
 ) -> dict[str, Any]:
     """Numbers, plots and pictures of the pseudo-labels for one fold."""
     label_sets = label_sets_of(raw.dataset_json)
@@ -126,8 +123,8 @@ def fold_of(
     kept = {case: row for case, row in readable.items() if row["kept"]}
     title = f"Round {told['round']}, fold {fold}"
     ignore = ignore_label(raw)
-    truths = compare(raw, labels, list(readable), hidden, label_sets, ignore, processes)
-    reasons = Counter(short(row["why"]) for row in cases.values() if not row["kept"])
+    truths = compare(raw, labels, list(readable), hidden, label_sets, ignore)
+    reasons = Counter(kind_of(row["why"]) for row in cases.values() if not row["kept"])
     return {
         "fold": fold,
         "title": title,
@@ -157,15 +154,6 @@ def ignore_label(raw: RawDataset) -> int:
     return new_dataset_json(raw.dataset_json, 0)["labels"]["ignore"]
 
 
-def short(reason: str) -> str:
-    """Return a reason without what is of one case only."""
-    if reason.startswith("skipped"):
-        return "could not be read"
-    return re.sub(
-        r" (has [\d.e+]+ mm³|is no ellipse).*", r" \1", re.sub(r"has [\d.e+]+", "has", reason)
-    )
-
-
 def mean_of(values: Any) -> float | None:
     """Mean of the known values."""
     known = [value for value in values if value is not None]
@@ -193,7 +181,6 @@ def compare(
     hidden: Path | None,
     label_sets: LabelSets,
     ignore: int,
-    processes: int,
 ) -> dict[str, Truth]:
     """Return by case how good the pseudo-label is, where there is a hidden mask."""
     if hidden is None:
@@ -205,7 +192,7 @@ def compare(
         ([str(folder / f"{case}{ending}") for folder in folders], reader, label_sets, ignore)
         for case in there
     ]
-    with Workers(processes) as workers:
+    with Workers(processes_for(len(jobs))) as workers:
         return dict(zip(there, workers.map(truth, jobs, "Hidden masks"), strict=True))
 
 

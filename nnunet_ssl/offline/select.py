@@ -56,6 +56,11 @@ def best_dice(records: Sequence[Mapping[str, Any]], number: int) -> float | None
     return max(known, default=None)
 
 
+def kind_of(reason: str) -> str:
+    """Return a reason without what is of one case only, which stands behind a colon."""
+    return reason.partition(":")[0]
+
+
 def choose(
     rows: Sequence[Mapping[str, Any]], everywhere: Sequence[str], drop: float
 ) -> dict[str, str | None]:
@@ -76,7 +81,7 @@ def choose(
     reasons: dict[str, str | None] = {}
     for row in rows:
         if "error" in row:
-            reasons[row["case"]] = f"skipped: {row['error']}"
+            reasons[row["case"]] = f"cannot be read: {row['error']}"
             continue
         missing = [name for name in everywhere if not row["voxels"][name]]
         if missing:

@@ -43,8 +43,8 @@ def test_volume_is_that_of_annotated_cases():
     labels[0, :10, :10] = 1
     assert volume(labels, (1, 1, 1), anatomy()) == (None, None)
     assert volume(labels, (3, 1, 1), anatomy())[1] is None  # 300 = 1.5 times the largest
-    assert "head has 400 mm³" in volume(labels, (4, 1, 1), anatomy())[1]
-    assert "head has 50 mm³" in volume(labels, (0.5, 1, 1), anatomy())[1]
+    assert "head has an unusual volume: 400 mm³" in volume(labels, (4, 1, 1), anatomy())[1]
+    assert "head has an unusual volume: 50 mm³" in volume(labels, (0.5, 1, 1), anatomy())[1]
     assert volume(labels * 0, (1, 1, 1), anatomy())[1] is None  # missing: another rule
 
 

@@ -1,12 +1,15 @@
 """The rounds as a whole: nnU-Net's predictor and preprocessing are real, trainings are faked."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.naming import resolve
 from nnunet_ssl.offline.command import pseudo_label
 
 from .conftest import KEPT, TRAINER, make_model, read
@@ -179,7 +182,7 @@ def test_bad_options(own, trainings, options, message):
 
 
 def test_a_trainer_without_the_ignore_label(own, trainings, monkeypatch):
-    monkeypatch.setattr("nnunet_ssl.trainers.SSLTrainer.SSLTrainer.supports_ignore", False)
+    monkeypatch.setattr(resolve("SSLTrainer"), "supports_ignore", False)
     with pytest.raises(UserError, match="does not support the ignore label"):
         run(trainer=TRAINER + "+save_every=9")  # a name that no other test has made
     assert not trainings
@@ -223,3 +226,85 @@ def test_a_run_that_was_begun_otherwise(own, segmenting, trainings):
     assert run(rounds=1) == 0
     with pytest.raises(UserError, match=r"has begun with drop 0.2, now it is 0.3"):
         run(rounds=1, drop=0.3)
+
+
+# --- killed and started again -------------------------------------------------------------------
+
+
+def test_killed_at_any_stage_it_goes_on(own, segmenting, trainings, monkeypatch):
+    from evaluation.fakes import Killed
+
+    from nnunet_ssl.offline import command, predict, write
+
+    def dying(real, after):
+        """Work some times, then die like a killed process."""
+        left = [after]
+
+        def work(*args, **options):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return real(*args, **options)
+
+        return work
+
+    for module, name, after in (
+        (predict, "label_case", 2),
+        (predict, "add_line", 1),  # masks written, the line not
+        (write, "link_images", 3),
+        (command, "preprocess", 0),
+        (write, "preprocess_unlabeled", 0),
+        (write, "preprocess_labeled", 0),
+        (command, "change_of", 0),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, dying(getattr(module, name), after))
+            with pytest.raises(Killed):
+                run(rounds=1)
+        # never a data set that is not whole
+        raw = own / "nnUNet_raw" / FIRST
+        assert not raw.exists() or (raw / "pseudo_labels.json").is_file()
+    assert run(rounds=1) == 0
+    assert [words[1] for words in trainings] == ["901", "950"]  # each once
+    told = read(raw / "pseudo_labels.json")["cases"]
+    assert sum(row["kept"] for row in told.values()) == 4
+    assert not list((own / "nnUNet_raw").glob(".*")) and not list(
+        (own / "nnUNet_preprocessed" / FIRST).glob(".*")
+    )
+
+
+def test_the_page(own, segmenting, trainings, tmp_path):
+    from .conftest import by_intensity
+
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for k in range(4):
+        image = sitk.ReadImage(
+            str(own / f"nnUNet_raw/Dataset901_Toy/imagesUn/un_{k:03d}_0000.nii.gz")
+        )
+        labels = by_intensity(torch.from_numpy(sitk.GetArrayFromImage(image))[None])
+        truth = sitk.GetImageFromArray(np.roll(labels, 1 + k // 2, 1))
+        sitk.WriteImage(truth, str(hidden / f"un_{k:03d}.nii.gz"))
+    assert run(rounds=1, hidden=hidden, shapes=["largest", "volume"]) == 0
+    page = (own / f"results/{FIRST}/self_training/report.html").read_text(encoding="utf-8")
+    assert "Surest:" in page and "Median:" in page and "Least sure:" in page
+    assert "4 cases with hidden masks" in page and "true Dice (%)" in page
+    assert page.count('aria-label="Hidden mask"') >= 2
+    assert "<script" not in page and 'src="http' not in page
+    assert "refused by largest, volume" in page and "organ2" in page
+
+
+@pytest.mark.slow
+def test_the_command_with_real_trainings(own, monkeypatch):
+    from nnunet_ssl.cli import main
+
+    model = make_model(own, "Dataset901_Toy")
+    words = ["pseudo_label", "-d", "901", "-c", "2d", "-o", "950", "--rounds", "1"]
+    words += ["-tr", TRAINER, "-device", "cpu", "--parts", "2", "--model", str(model)]
+    assert main(words) == 0
+    (student,) = (own / "results" / FIRST).glob("SSLTrainer*")
+    assert student.name.startswith(KEPT)
+    summary = read(student / "fold_all/validation/summary.json")
+    assert len(summary["metric_per_case"]) == 3  # masks that a model made validate nothing
+    stock = ["nnUNetv2_train", "950", "2d", "all", "-tr", "nnUNetTrainer_1epoch", "-device", "cpu"]
+    subprocess.run(stock, check=True)

@@ -51,12 +51,12 @@ def test_who_is_chosen():
     rows = [row(f"c{k}", k / 10) for k in range(10)]
     rows[9] = row("c9", 0.9, voxels=0)
     rows[8]["implausible"] = "a is no ellipse"
-    rows.append({"case": "bad", "error": "cannot be read"})
+    rows.append({"case": "bad", "error": "cut short"})
     reasons = choose(rows, ["a"], 0.2)
     assert [c for c, why in reasons.items() if why is None] == [f"c{k}" for k in range(2, 8)]
     assert reasons["c0"] == reasons["c1"] == "among the least stable 20 %"
     assert reasons["c9"] == "no a, which every annotated case has"
-    assert reasons["c8"] == "a is no ellipse" and reasons["bad"] == "skipped: cannot be read"
+    assert reasons["c8"] == "a is no ellipse" and reasons["bad"] == "cannot be read: cut short"
     assert choose(rows, [], 0.2)["c9"] is None  # some annotated cases lack it, too
 
 
