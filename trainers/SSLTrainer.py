@@ -63,6 +63,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     step_cost: ClassVar[float] = 7 / 3
 
     unsup_weight: float = 1.0  # lambda, after the ramp-up
+    normalized: bool = True  # divide the loss by 1 + lam b
     warmup: float = 0.1  # fraction of training on labelled scans only
     rampup_end: float = 0.3  # fraction of training from which the full weight holds
     exchange_probability: float = 0.5  # q, of a step with box exchange
@@ -172,7 +173,9 @@ class SSLTrainer(SemiSupervisedTrainer):
         )
         weight = weight * brake.value()
         # Deviates: normalised, where the sources add the terms, so that SGD keeps the twin's scale
-        w_sup, w_pse = 1 / (1 + weight), weight / (1 + weight)
+        w_sup, w_pse = 1, weight
+        if self.normalized:
+            w_sup, w_pse = 1 / (1 + weight), weight / (1 + weight)
         # Deviates: BCP mixes in every step; test images are not mixed
         if torch.rand(()).item() >= self.exchange_probability:
             yield {"sup": w_sup * self.loss(self.student(batch.x_l), batch.y_l)}
