@@ -64,10 +64,9 @@ def fft_bands(x: Tensor) -> Tensor:
         spectrum = torch.fft.rfftn(x.float(), dim=axes)
         low = torch.ones((), dtype=torch.bool, device=x.device)
         for axis in axes:
-            size, last = x.shape[axis], axis == axes[-1]
-            frequencies = torch.fft.rfftfreq(size) if last else torch.fft.fftfreq(size)
-            shape = [-1 if a == axis else 1 for a in axes]
-            low = low & (frequencies.abs() < 0.25).to(x.device, non_blocking=True).view(shape)
+            grid = torch.fft.rfftfreq if axis == axes[-1] else torch.fft.fftfreq
+            frequencies = grid(x.shape[axis], device=x.device)
+            low = low & (frequencies.abs() < 0.25).view([-1 if a == axis else 1 for a in axes])
         high = torch.fft.irfftn(spectrum.masked_fill(low, 0), s=x.shape[2:], dim=axes)
         return _folded(high)
 

@@ -15,6 +15,7 @@ from nnunet_ssl.modules import (
     ClassBrake,
     ClassMoments,
     ClassThresholds,
+    HighFrequencyMamba,
     ScoreMemory,
     TokenClusters,
     class_shares,
@@ -118,12 +119,19 @@ def run_shapes(device):
     f.select_best(scores, memory.scores, memory.seen(), **settings)
 
 
+def run_scan(device, spatial):
+    with torch.device(device):
+        module = HighFrequencyMamba(4, len(spatial), "fft")
+    module(torch.zeros(2, 4, *spatial, device=device)).sum().backward()
+
+
 @pytest.mark.parametrize("spatial", [(16, 16), (8, 16, 16)])
 def test_no_value_is_read_on_the_host(spatial, monkeypatch):
     run_everything("meta", spatial)
     # there is no autocast of the meta device, not even one to switch off
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     run_transfer("meta", spatial)
+    run_scan("meta", spatial)
     run_shapes("meta")
 
 
@@ -133,6 +141,7 @@ def test_cuda_is_never_waited_for(spatial):
     def run():
         run_everything("cuda", spatial)
         run_transfer("cuda", spatial)
+        run_scan("cuda", spatial)
         run_shapes("cuda")
 
     run()  # first use of a kernel may wait
