@@ -48,6 +48,7 @@ setup(
         "pandas",
         "pyyaml",
         "scipy",
+        "timm",
         "tqdm",
     ],
     extras_require={

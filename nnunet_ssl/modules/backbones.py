@@ -40,10 +40,11 @@ class Backbone(nn.Module):
         check_backbone(name)
         try:
             self.encoder = timm.create_model(name, features_only=True, **kwargs)
-            strides = self.encoder.feature_info.reduction()
+            info: Any = self.encoder.feature_info
+            strides = info.reduction()
             # the last of each stride: ResNets have two of some
             self.levels = [len(strides) - 1 - strides[::-1].index(s) for s in STRIDES]
-            channels = self.encoder.feature_info.channels()
+            channels = info.channels()
             self.channels = [channels[level] for level in self.levels]
             self._check_features()
         except (RuntimeError, ValueError, AssertionError) as error:

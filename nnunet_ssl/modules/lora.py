@@ -44,7 +44,7 @@ class LowRank(nn.Module):
                 rank,
                 layer.kernel_size,  # type: ignore[arg-type]
                 layer.stride,  # type: ignore[arg-type]
-                layer.padding,
+                layer.padding,  # type: ignore[arg-type]
                 layer.dilation,  # type: ignore[arg-type]
                 bias=False,
                 padding_mode=layer.padding_mode,
@@ -77,9 +77,9 @@ def add_low_rank(network: nn.Module, rank: int, alpha: float, dropout: float) ->
         is_norm = "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
             parameter.requires_grad_(is_norm or name == "bias")
-    chosen = [m for m in network.modules() if isinstance(m, nn.Linear)] or [
-        m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == 1
-    ]
+    chosen: list[nn.Module] = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    if not chosen:
+        chosen = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
     if not chosen:
         raise ValueError(f"{type(network).__name__} has no layer for a low-rank addition.")
     ids = {id(m) for m in chosen}
