@@ -9,7 +9,12 @@ import SimpleITK as sitk
 from medpy.metric import binary
 from scipy.ndimage import gaussian_filter
 
-from nnunet_ssl.evaluation.metrics import DISTANCES, OVERLAPS, score_masks
+from nnunet_ssl.evaluation.metrics import (
+    DISTANCES,
+    OVERLAPS,
+    circumference_errors,
+    score_masks,
+)
 
 HIPPOCAMPUS = (
     Path(__file__).parents[3] / "shared" / "data" / "hippocampus" / "Task04_Hippocampus/labelsTr"
@@ -192,3 +197,44 @@ def test_a_surface_hidden_by_ignored_voxels_leaves_distances_undefined():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 2\)"):
         score_masks(np.ones((2, 3), bool), np.ones((3, 2), bool), {"mm": (1, 1)})
+
+
+def head(long, short, shape=(200, 240)):
+    row, column = (g - s / 2 for g, s in zip(np.indices(shape), shape, strict=True))
+    return np.hypot(row / short, column / long) <= 1
+
+
+def test_circumference_error_is_that_of_the_ellipses():
+    """Of circles with anisotropic pixels: 2 pi r, and with its sign."""
+    small, large = head(60, 30), head(80, 40)  # circles of 15 and 20 mm
+    spacing = (0.5, 0.25)
+    there = circumference_errors(large, small, spacing)
+    back = circumference_errors(small, large, spacing)
+    assert there["hc_error", "mm"] == pytest.approx(2 * np.pi * 5, rel=0.01)
+    assert back["hc_error", "mm"] == -there["hc_error", "mm"]
+    assert there["hc_abs_error", "mm"] == back["hc_abs_error", "mm"] == there["hc_error", "mm"]
+    double = circumference_errors(large, small, (1, 0.5))
+    assert double["hc_error", "mm"] == pytest.approx(2 * there["hc_error", "mm"])
+
+
+def test_circumference_of_equal_masks_and_of_none():
+    mask = head(60, 30)
+    assert set(circumference_errors(mask, mask, (1, 1)).values()) == {0.0}
+    for other in (mask & False, head(0.5, 0.5)):  # empty, one pixel
+        for pair in ((mask, other), (other, mask), (other, other)):
+            assert set(circumference_errors(*pair, (1, 1)).values()) == {None}
+
+
+def test_circumference_ignores_what_lies_apart():
+    mask, speck = head(60, 30), head(60, 30)
+    speck[5:12, 5:12] = True
+    speck[98:102, 100:140] = False  # a hole
+    assert set(circumference_errors(speck, mask, (1, 1)).values()) == {0.0}
+    ignored = np.zeros_like(mask)
+    ignored[:, 150:] = True
+    half = mask & ~ignored
+    assert set(circumference_errors(mask, half, (1, 1), ignored).values()) == {0.0}
+    # the edge towards what is ignored is no outline: the ellipse is that of the whole head
+    cut = circumference_errors(half, mask, (1, 1))["hc_error", "mm"]
+    same = circumference_errors(half, head(60, 30), (1, 1), ignored)["hc_error", "mm"]
+    assert same == 0 and cut < -5
