@@ -116,7 +116,7 @@ class HighFrequencyMamba(nn.Module):
             gate = 1 + self.gate(tokens).tanh()
         gate = gate.to(feature.dtype).transpose(1, 2).unflatten(2, half)
         gate = interpolate(gate, scale_factor=2, mode="nearest")  # each voxel gets its cell's
-        inside = (..., *(slice(n) for n in size))
+        inside = tuple(slice(n) for n in gate.shape[:2] + size)
         return feature * gate[inside]
 
     def bands(self, feature: Tensor) -> Tensor:

@@ -118,6 +118,19 @@ def test_the_module_keeps_no_states_for_the_backward_pass():
     assert sum(kept.values()) < states
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_compiled_it_is_the_same(half):
+    module, x = opened(4, 2), torch.randn(2, 4, 7, 6)
+    results = []
+    for run in (module, torch.compile(module, backend="eager")):
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = run(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in module.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_weights_move_to_a_network_of_the_same_kind():
     one, other, x = opened(4, 2), HighFrequencyMamba(4, 2), torch.randn(1, 4, 8, 8)
     other.load_state_dict(one.state_dict())
