@@ -389,20 +389,15 @@ def score_case(
     spacings = {"mm": [spacing[i] for i in axes], "voxel": [1.0] * len(axes)}
     shape = tuple(truth.shape[i] for i in axes)
     truth, found = truth.reshape(shape), found.reshape(shape)
-    kind = np.min_scalar_type(max(allowed | ignore))
-    result = CaseScores({}, {})
-    heads: dict[str, Scores] = {}
-    for name in circumference:  # on whole images: their frame is no outline
-        values = classes.values[name]
-        ignored = None if classes.ignore is None else truth == classes.ignore
-        masks = np.isin(found, values), np.isin(truth, values)
-        heads[name] = circumference_errors(*masks, spacings["mm"], ignored)
+    heads = _measure_heads(truth, found, classes, circumference, spacings["mm"])
     box = bounding_box((truth != 0) | (found != 0)) or (slice(0, 1),) * len(axes)
+    kind = np.min_scalar_type(max(allowed | ignore))
     truth, found = truth[box].astype(kind), found[box].astype(kind)
     ignored = None if classes.ignore is None else truth == classes.ignore
     if ignored is not None:
         found[ignored] = 0
 
+    result = CaseScores({}, {})
     for name, values in classes.values.items():
         masks = {"annotation": np.isin(truth, values), "segmentation": np.isin(found, values)}
         empty = [which for which, mask in masks.items() if not mask.any()]
@@ -412,6 +407,22 @@ def score_case(
             **masks, spacings={u: spacings[u] for u in units}, tolerance=tolerance, ignored=ignored
         ) | heads.get(name, {})
     return result
+
+
+def _measure_heads(
+    truth: np.ndarray,
+    found: np.ndarray,
+    classes: Classes,
+    names: Sequence[str],
+    spacing: Sequence[float],
+) -> dict[str, Scores]:
+    """Compare circumferences on whole images: their frame is no outline."""
+    ignored = None if classes.ignore is None else truth == classes.ignore
+    scores = {}
+    for name in names:
+        head, annotated = (np.isin(array, classes.values[name]) for array in (found, truth))
+        scores[name] = circumference_errors(head, annotated, spacing, ignored)
+    return scores
 
 
 def _read_mask(path: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict[str, Any]]:
