@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_ssl.data.unlabeled import read_manifest
 from nnunet_ssl.errors import MAX_LISTED, UserError
 from nnunet_ssl.evaluation.cells import join, parts_of
 from nnunet_ssl.evaluation.runner import (
@@ -138,8 +139,8 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """Return what a run that goes on must have in common with its beginning."""
-        names = ("configuration", "plans", "trainer", "folds", "joint", "new_id")
-        names += ("drop", "shapes", "mirroring")
+        names = ["configuration", "plans", "trainer", "folds", "joint", "new_id"]
+        names += ["drop", "shapes", "mirroring"]
         found = {name: getattr(self, name) for name in names}
         found |= {"dataset": self.raw.folder.name, "model": self.model and str(self.model)}
         return json.loads(json.dumps(found))
@@ -212,10 +213,7 @@ def pseudo_label(
         launcher=launcher,
         hidden=hidden,
     )
-    try:
-        run.work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(explain_os_error(error, run.work)) from error
+    make_folder(run.work)
     with locked(run.work):
         write_json(run.settings(), run.work / SETTINGS)
         where: Launcher = (
@@ -224,6 +222,14 @@ def pseudo_label(
             else LocalLauncher(run.workers)
         )
         return rounds_of(run, where)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(explain_os_error(error, folder)) from error
 
 
 def rounds_of(run: Run, launcher: Launcher) -> int:
@@ -238,7 +244,10 @@ def rounds_of(run: Run, launcher: Launcher) -> int:
         chosen = [choose_for(run, number - 1, fold, anatomy) for fold in run.sets(number)]
         if not all(one.kept for one in chosen):
             tell_all_rejected(run, number, chosen)
-            return int(number == 1)
+            if number == 1:
+                return 1
+            number -= 1
+            break
         make_dataset(run, number, chosen)
         train(run, launcher, number)
         label(run, launcher, anatomy, number, probes_of(run), "probes")
@@ -278,6 +287,14 @@ def check(dataset_id: int, configuration: str, new_id: int, **asked: Any) -> Run
         asked["plans"] = plans["plans_name"]
     else:
         plans = read_plans(raw, base, asked["plans"], configuration)
+    known = read_manifest(base, plans, configuration)["cases"]
+    changed = sorted(known.keys() ^ raw.unlabeled.keys())
+    if changed:
+        raise UserError(
+            f"imagesUn of {raw.folder} has changed since preprocessing: {changed[0]} and "
+            f"{len(changed) - 1} more. Run: nnunet_ssl plan_and_preprocess -d {dataset_id} "
+            f"-c {configuration} --keep_plans"
+        )
     splits = ensure_splits(raw.folder, base, list(raw.labeled))
     check_folds(asked["folds"], asked["joint"], splits)
     try:
@@ -511,19 +528,20 @@ def train(run: Run, launcher: Launcher, number: int) -> None:
         dataset = str(int(run.dataset(number)[7:10]))
         command = ["nnUNetv2_train", dataset, run.configuration, fold, "-tr", run.trainer]
         command += ["-p", run.plans, "-device", run.device]
-        first = pretraining_of(run.trainer)
-        before = first and model.with_name(model.name.replace(run.trainer, first, 1))
+        first, pretrain = pretraining_of(run.trainer), None
+        if first:
+            before = model.with_name(model.name.replace(run.trainer, first, 1))
+            pretrain = {
+                "command": [first if word == run.trainer else word for word in command],
+                "model": str(before / f"fold_{fold}"),
+            }
         epochs: int = resolve(run.trainer).num_epochs  # type: ignore[attr-defined]
         tasks[folder] = {
             "environment": task_environment(run, position),
             "train": {
                 "command": command,
                 "model": str(model / f"fold_{fold}"),
-                "pretrain": first
-                and {
-                    "command": [first if word == run.trainer else word for word in command],
-                    "model": str(before / f"fold_{fold}"),
-                },
+                "pretrain": pretrain,
                 "epochs": epochs,
                 "configuration": run.configuration,
                 "device": run.device,
@@ -554,7 +572,7 @@ def label(
     tasks: dict[Path, dict] = {}
     parts = 1 if name == "probes" else min(run.parts, len(cases))
     for fold, makers in run.sets(number).items():
-        run.labels(number, fold).mkdir(parents=True, exist_ok=True)
+        make_folder(run.labels(number, fold))
         for part in range(parts):
             title = f"{name}_{part}of{parts}"
             folder = run.work / "tasks" / f"label{number}_fold_{fold}_{title}"
@@ -636,8 +654,7 @@ def tell_all_rejected(run: Run, number: int, chosen: Sequence[Chosen]) -> None:
             f"All {len(one.rows)} pseudo-labels for fold {one.fold} were rejected: "
             + "; ".join(f"{count} times {reason}" for reason, count in reasons.most_common(5))
         )
-    before = f"The result is that of round {number - 1}." if number > 1 else ""
-    print(f"Nothing was changed: no data set is made for round {number}. {before}", flush=True)
+    print(f"Nothing was changed: no data set is made for round {number}.", flush=True)
 
 
 def make_dataset(run: Run, number: int, chosen: Sequence[Chosen]) -> None:

@@ -25,7 +25,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.history import read_log
 from nnunet_ssl.io import explain_os_error
 from nnunet_ssl.offline.anatomy import Anatomy, find_check
-from nnunet_ssl.offline.stability import agreement, disagreement, stability
+from nnunet_ssl.offline.stability import Committee, stability
 from nnunet_ssl.planning.raw import inspect_case, silence
 from nnunet_ssl.two_stages import FINAL
 
@@ -246,9 +246,11 @@ def label_case(
     data, properties, info = scan["data"], scan["properties"], scan["info"]
     labels = teacher.segment(data, properties)
     members = teacher.variants()
-    others = [teacher.segment(data, properties, **how) for how in members.values()]
-    by_class = agreement(labels, others, teacher.label_sets)
-    unsure = disagreement(labels, others)
+    committee = Committee(labels, teacher.label_sets)
+    for how in members.values():
+        committee.add(teacher.segment(data, properties, **how))
+    by_class, unsure = committee.by_class(), committee.unsure
+    voxels = committee.voxels()
     refused = None
     for name in options["shapes"]:
         doubted, why = find_check(name)(labels, properties["spacing"], anatomy)
@@ -264,10 +266,7 @@ def label_case(
     return {
         "stability": stability(by_class),
         "classes": by_class,
-        "voxels": {
-            name: int(np.count_nonzero(np.isin(labels, values)))
-            for name, values in teacher.label_sets.items()
-        },
+        "voxels": voxels,
         # of the voxels that any member calls foreground
         "unsure": int(unsure.sum()) / max(1, int((unsure | shown).sum())),
         "unsure_voxels": int(unsure.sum()),

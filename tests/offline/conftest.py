@@ -118,11 +118,10 @@ def trainings(own, monkeypatch):
 def start(own):
     """Return a trainer on a data set, as `nnUNetv2_train` makes it."""
 
-    def make(dataset, fold="all", configuration="2d"):
+    def make(dataset, fold="all", trainer_class=None):
         base = own / "nnUNet_preprocessed" / dataset
         plans = read(base / "nnUNetPlans.json") | {"continue_training": False}
-        return resolve(TRAINER)(
-            plans, configuration, fold, read(base / "dataset.json"), torch.device("cpu")
-        )
+        make = trainer_class or resolve(TRAINER)
+        return make(plans, "2d", fold, read(base / "dataset.json"), torch.device("cpu"))
 
     return make

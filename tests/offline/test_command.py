@@ -1,18 +1,20 @@
 """The rounds as a whole: nnU-Net's predictor and preprocessing are real, trainings are faked."""
 
 import json
-import subprocess
+import re
+import shutil
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.naming import resolve
 from nnunet_ssl.offline.command import pseudo_label
 
-from .conftest import KEPT, TRAINER, make_model, read
+from .conftest import KEPT, TRAINER, by_intensity, make_model, read
 
 FIRST, SECOND = "Dataset950_Toy_round1", "Dataset951_Toy_round2"
 
@@ -75,6 +77,10 @@ def test_a_round_from_a_finished_model(own, segmenting, trainings, start, no_plo
     result = trainer.train_step(next(trainer.dataloader_train))
     assert np.isfinite(float(result["loss"]))
     trainer.on_train_end()
+    stock = start(FIRST, trainer_class=nnUNetTrainer)
+    stock.on_train_start()
+    assert np.isfinite(float(stock.train_step(next(stock.dataloader_train))["loss"]))
+    assert set(stock.do_split()[0]) == set(train)
     out = capsys.readouterr().out
     assert "3 of 5 pseudo-labels kept" in out and "nnUNetv2_predict -d 950 -c 2d" in out
 
@@ -129,6 +135,29 @@ def test_folds_get_pseudo_labels_of_their_own(own, segmenting, trainings, start,
     assert not {c for c in train if "_fold0" in c} and val == before[2]["val"]
 
 
+def test_folds_that_label_together(own, segmenting, trainings):
+    assert run(rounds=1, folds=["0", "1"], joint=True, parts=2) == 0
+    assert [(w[1], w[3]) for w in trainings] == [("901", "0"), ("901", "1"), ("950", "all")]
+    told = read(own / "nnUNet_raw" / FIRST / "pseudo_labels.json")
+    assert told["folds"] == {"all": ["0", "1"]} and len(told["cases"]) == 5
+    assert told["stability"]["members"][-2:] == ["fold0", "fold1"]
+    assert told["validation"].startswith("none")
+    # the folds hold no mask whose makers know their validation cases
+    splits = read(own / "nnUNet_preprocessed" / FIRST / "splits_final.json")
+    assert splits == read(own / "nnUNet_preprocessed/Dataset901_Toy/splits_final.json")
+    tasks = sorted(p.name for p in (own / f"results/{FIRST}/self_training/tasks").glob("label0*"))
+    assert tasks == ["label0_fold_all_all_0of2", "label0_fold_all_all_1of2"]
+
+
+def test_values_per_case_follow_their_scan(own, segmenting, trainings):
+    table = own / "nnUNet_raw/Dataset901_Toy/cases.csv"
+    table.write_text("case,site\ntr_000,1\nun_001,2\nun_002,3\n")
+    assert run(rounds=1, folds=["0"], drop=0) == 0
+    rows = (own / "nnUNet_preprocessed" / FIRST / "cases.csv").read_text().split()
+    assert {"case,site", "tr_000,1", "un_001,2", "un_002,3"} <= set(rows)
+    assert {"un_001_fold0,2", "un_002_fold0,3"} & set(rows)
+
+
 def test_all_rejected_changes_nothing(own, trainings, monkeypatch, capsys):
     monkeypatch.setattr(
         "nnunet_ssl.offline.predict.Teacher.segment",
@@ -139,6 +168,19 @@ def test_all_rejected_changes_nothing(own, trainings, monkeypatch, capsys):
     assert "All 5 pseudo-labels for fold all were rejected: 5 times no organ1" in out
     assert not (own / "nnUNet_raw" / FIRST).exists()
     assert not (own / "nnUNet_preprocessed" / FIRST).exists()
+
+
+def test_a_student_that_finds_nothing_ends_the_rounds(own, trainings, monkeypatch, capsys):
+    def segment(self, data, properties, weights=None, mirroring=True, axes=()):
+        first = self.predictor.plans_manager.dataset_name == "Dataset901_Toy"
+        return by_intensity(data) * first
+
+    monkeypatch.setattr("nnunet_ssl.offline.predict.Teacher.segment", segment)
+    assert run(rounds=3) == 0
+    out = capsys.readouterr().out
+    assert "100.00 % of the probes' foreground changed" in out
+    assert "no data set is made for round 2" in out and "Model of round 1" in out
+    assert not (own / "nnUNet_raw" / SECOND).exists()
 
 
 def test_a_scan_that_cannot_be_read_is_skipped(own, segmenting, trainings, capsys):
@@ -179,6 +221,31 @@ def test_bad_options(own, trainings, options, message):
     with pytest.raises(UserError, match=message):
         run(**options)
     assert sorted(own.rglob("*")) == before and not trainings
+
+
+def test_scans_that_came_after_preprocessing(own, trainings):
+    scans = own / "nnUNet_raw/Dataset901_Toy/imagesUn"
+    shutil.copy(scans / "un_000_0000.nii.gz", scans / "un_009_0000.nii.gz")
+    with pytest.raises(UserError, match=r"changed since preprocessing: un_009 .*--keep_plans"):
+        run()
+    assert not trainings
+
+
+def test_the_command_hands_its_options_on(monkeypatch):
+    from nnunet_ssl import cli
+
+    asked = []
+    monkeypatch.setattr(
+        "nnunet_ssl.offline.command.pseudo_label", lambda *a, **k: asked.append((a, k)) or 1
+    )
+    words = ["-d", "Dataset104_Liver", "-c", "2d", "-o", "105", "--folds", "0", "1", "--joint"]
+    words += ["--shape", "largest", "volume", "--disable_tta", "--launcher", "slurm"]
+    assert cli.main(["pseudo_label", *words]) == 1
+    ((place, options),) = asked
+    assert place == (104, "2d", 105)
+    told = {"folds": ["0", "1"], "joint": True, "shapes": ["largest", "volume"], "rounds": 2}
+    told |= {"mirroring": False, "launcher": "slurm", "drop": 0.2, "model": None}
+    assert told.items() <= options.items()
 
 
 def test_a_trainer_without_the_ignore_label(own, trainings, monkeypatch):
@@ -274,8 +341,6 @@ def test_killed_at_any_stage_it_goes_on(own, segmenting, trainings, monkeypatch)
 
 
 def test_the_page(own, segmenting, trainings, tmp_path):
-    from .conftest import by_intensity
-
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     for k in range(4):
@@ -290,6 +355,8 @@ def test_the_page(own, segmenting, trainings, tmp_path):
     assert "Surest:" in page and "Median:" in page and "Least sure:" in page
     assert "4 cases with hidden masks" in page and "true Dice (%)" in page
     assert page.count('aria-label="Hidden mask"') >= 2
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]*)"', page)) <= set(ids)
     assert "<script" not in page and 'src="http' not in page
     assert "refused by largest, volume" in page and "organ2" in page
 
@@ -306,5 +373,3 @@ def test_the_command_with_real_trainings(own, monkeypatch):
     assert student.name.startswith(KEPT)
     summary = read(student / "fold_all/validation/summary.json")
     assert len(summary["metric_per_case"]) == 3  # masks that a model made validate nothing
-    stock = ["nnUNetv2_train", "950", "2d", "all", "-tr", "nnUNetTrainer_1epoch", "-device", "cpu"]
-    subprocess.run(stock, check=True)

@@ -7,7 +7,7 @@ import pytest
 
 from nnunet_ssl.data.pseudo_labels import balanced
 from nnunet_ssl.offline.select import choose, collapse_of
-from nnunet_ssl.offline.stability import agreement, change, disagreement, stability
+from nnunet_ssl.offline.stability import Committee, agreement, change, stability
 
 SETS = {"whole": [1, 2], "core": [2], "other": [3]}
 
@@ -28,8 +28,11 @@ def test_agreement_equals_a_naive_loop():
             scores.append(2 * both / (own + theirs))
         assert found[name] == pytest.approx(np.mean(scores), abs=1e-12)
     assert stability(found) == pytest.approx((found["whole"] + found["core"]) / 2)
-    unsure = disagreement(labels, others)
-    assert (unsure == np.any([labels != o for o in others], axis=0)).all()
+    assert agreement(labels.astype(np.float32), [o.astype(np.uint8) for o in others], SETS) == found
+    committee = Committee(labels, SETS)
+    for other in others:
+        committee.add(other)
+    assert (committee.unsure == np.any([labels != o for o in others], axis=0)).all()
 
 
 def test_a_class_that_only_one_shows_has_no_agreement():
