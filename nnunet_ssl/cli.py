@@ -566,14 +566,6 @@ def run_spcl(args: argparse.Namespace) -> None:
     )
 
 
-def run_predict(args: argparse.Namespace) -> None:
-    """Run nnU-Net's prediction, print the stock command that does the same."""
-    trainer = prepare(args)
-    from nnunetv2.inference.predict_from_raw_data import predict_entry_point
-
-    require_trained_model(args)
-    call_nnunet("nnUNetv2_predict", args, predict_entry_point)
-    print_predict_command(trainer, args, [args.i, args.o], args.d, args.c, args.f)
 def run_pseudo_label(args: argparse.Namespace) -> int:
     """Run the rounds of self-training; 1 if no pseudo-label was good enough."""
     check_nnunet_version()
@@ -600,6 +592,14 @@ def run_pseudo_label(args: argparse.Namespace) -> int:
     )
 
 
+def run_predict(args: argparse.Namespace) -> None:
+    """Run nnU-Net's prediction, print the stock command that does the same."""
+    trainer = prepare(args)
+    from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+
+    require_trained_model(args)
+    call_nnunet("nnUNetv2_predict", args, predict_entry_point)
+    print_predict_command(trainer, args, [args.i, args.o], args.d, args.c, args.f)
 
 
 def require_trained_model(args: argparse.Namespace) -> None:
