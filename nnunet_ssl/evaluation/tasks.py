@@ -237,7 +237,6 @@ def pseudo_labels(task: dict, folder: Path) -> dict:
     return {"commands": [moment["command"] for moment in task["pseudo_labels"]["moments"]]}
 
 
-def write_csv(header: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
 def label(task: dict, folder: Path) -> dict:
     """Label a part of the scans without masks."""
     from nnunet_ssl.offline.predict import label_part
@@ -245,6 +244,7 @@ def label(task: dict, folder: Path) -> dict:
     return label_part(task["label"])
 
 
+def write_csv(header: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
     """Write a table atomically."""
     with atomic_path(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -259,8 +259,8 @@ STAGES: dict[str, Callable[[dict, Path], dict | None]] = {
     "predict": predict,
     "evaluate": evaluate,
     "pseudo_labels": pseudo_labels,
-}
     "label": label,
+}
 
 
 def run_stage(command: Sequence[str], folder: Path, stage: str) -> None:
