@@ -137,6 +137,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     views: ClassVar[tuple[str, ...]] = ()  # further views of unlabelled patches, see data.views
     meta: ClassVar[tuple[str, ...]] = ()  # values per sample, see data.loader.META
     step_cost: ClassVar[float] = 1.0  # in steps of the supervised twin
+    step_memory: ClassVar[float] = 1.0  # what a step keeps for backward, in that of the twin
+    trained_networks: ClassVar[int] = 1  # each about as large as the plan's
 
     # nnU-Net's fields.
     num_epochs: int = 250
@@ -195,7 +197,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         require(not isinstance(decay, float) or 0 <= decay < 1, "ema_decay", "in [0, 1)")
         require(
-            cls.deploy == "student" or decay is not None,
+            cls.deploy != "teacher" or decay is not None,
             "deploy",
             "student, since ema_decay=None makes no teacher",
         )
@@ -1180,7 +1182,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
         path = str(filename_or_checkpoint)
         saved = checkpoints.load_training_state(path, type(self).__name__)
-        super().load_checkpoint(path)
+        if not self.was_initialized:
+            self.initialize()
+        with self._in_place_of_student(self.deployed_network()):  # whose weights nnU-Net reads
+            super().load_checkpoint(path)
         state = saved["ssl_state"]
         self.network.load_state_dict(state["student"])
         for name, module in self.companions.items():

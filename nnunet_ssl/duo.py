@@ -26,9 +26,12 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
     needs_unet: ClassVar[bool] = True
     networks: ClassVar[str] = "PlainConvUNet, ResidualEncoderUNet"
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=None+deploy=student"
+    trained_networks: ClassVar[int] = 2
 
     deploy: Literal["student"] = "student"
     ema_decay: None = None
+
+    _pair: MeanOfNetworks | None = None  # both networks, while `network` is the student
 
     @classmethod
     def link(cls) -> Link:
@@ -53,9 +56,25 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
         )
 
     def initialize(self) -> None:
-        """Tell the network whether its channels are regions."""
+        """Build both; tell the network whether its channels are regions."""
         super().initialize()
         self.network.regions.fill_(self.regions)
+        self._pair, self.network = self.network, self.student
+
+    def on_train_start(self) -> None:
+        """Start the training of both networks."""
+        self._put_pair_back()
+        super().on_train_start()
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Load a checkpoint, which holds both networks."""
+        self._put_pair_back()
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _put_pair_back(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        self.network = self.pair
 
     def phases(self) -> list[Phase]:
         """Return the one update, with gradients clipped for each network by itself."""
@@ -89,11 +108,16 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
         return early_gradients(flat, joint)
 
     @property
+    def pair(self) -> MeanOfNetworks:
+        """Both networks."""
+        return self._pair or self.network
+
+    @property
     def student(self) -> nn.Module:
         """The plan's own network."""
-        return self.network.a
+        return self.pair.a
 
     @property
     def peer(self) -> nn.Module:
         """The network of the other architecture."""
-        return self.network.b
+        return self.pair.b

@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +25,72 @@ SLOW = 60  # seconds; a first step slower than this is not repeated
 
 
 class Cost(NamedTuple):
-    """One supervised step: seconds with and without backward, and bytes at its peak."""
+    """One supervised step of the plan's network.
+
+    Attributes:
+        step: seconds.
+        forward: seconds without backward.
+        kept: bytes that are kept for backward, at their peak (on CUDA: all that is allocated beside
+            weights and gradients).
+        weights: bytes of the weights.
+    """
 
     step: float
     forward: float
-    memory: int
+    kept: int
+    weights: int
+
+
+class KeptBytes:
+    """Counts the bytes that are kept for backward while it is entered; each storage counts once.
+
+    Args:
+        modules: whose weights do not count.
+
+    Attributes:
+        now: bytes kept.
+        peak: most bytes kept at a time.
+    """
+
+    def __init__(self, *modules: nn.Module):
+        self.now = self.peak = 0
+        self._weights = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
+        self._users: Counter[int] = Counter()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(
+            partial(KeptTensor, self), lambda kept: kept.tensor
+        )
+
+    def __enter__(self) -> "KeptBytes":
+        """Begin to count."""
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Count no further tensors; those counted still leave when their graph is freed."""
+        self._hooks.__exit__(*error)
+
+    def add(self, tensor: torch.Tensor, users: int) -> None:
+        """Count one user more or less of a tensor's storage."""
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key in self._weights:
+            return
+        before = self._users[key]
+        self._users[key] += users
+        self.now += storage.nbytes() * (bool(self._users[key]) - bool(before))
+        self.peak = max(self.peak, self.now)
+
+
+class KeptTensor:
+    """A tensor that a graph holds; it is counted until the graph is freed."""
+
+    def __init__(self, count: KeptBytes, tensor: torch.Tensor):
+        self.count, self.tensor = count, tensor
+        count.add(tensor, 1)
+
+    def __del__(self) -> None:
+        """Count it no more."""
+        self.count.add(self.tensor, -1)
 
 
 def estimate(dataset: str, configuration: str, plans: str, trainer: str, device: str) -> str:
@@ -84,7 +147,7 @@ def describe(cost: Cost, trainer: Any, device: str) -> str:
     return (
         f"About {duration} on {device} ({trainer.step_cost:.3g} x the supervised step of "
         f"{cost.step:.2g} s, {epochs} epochs x {steps} iterations), "
-        f"memory about {cost.memory / 1e9:.2g} GB"
+        f"memory about {memory_of(cost, trainer) / 1e9:.2g} GB"
     )
 
 
@@ -94,6 +157,16 @@ def seconds_of(cost: Cost, trainer: Any) -> float:
     steps = settings["num_iterations_per_epoch"] * trainer.step_cost * cost.step
     validation = settings["num_val_iterations_per_epoch"] * cost.forward
     return settings["num_epochs"] * (steps + validation)
+
+
+def memory_of(cost: Cost, trainer: Any) -> float:
+    """Expected bytes of a training whose supervised twin costs `cost` a step.
+
+    What the step keeps for backward, and the weights: of each trained network with gradient and
+    momentum, of the teacher by itself.
+    """
+    copies = 3 * trainer.trained_networks + (trainer.settings()["ema_decay"] is not None)
+    return trainer.step_memory * cost.kept + copies * cost.weights
 
 
 def measure(network: nn.Module, loss: Callable, batch_shape: tuple[int, ...], device: str) -> Cost:
@@ -106,24 +179,22 @@ def measure(network: nn.Module, loss: Callable, batch_shape: tuple[int, ...], de
         device: "cpu", "cuda" or "mps".
 
     Returns:
-        The cost; memory counts weights, gradients, momentum, an EMA teacher, and what forward
-        keeps for backward (on CUDA: the measured peak).
+        The cost.
     """
     network = network.to(device)
     own = sum(p.numel() * p.element_size() for p in network.parameters())
     x = torch.rand(batch_shape, device=device)
-    cost = Cost(0.0, 0.0, 0)
+    cost = Cost(0.0, 0.0, 0, own)
     for _ in range(2):
         start = clock(device)
-        saved, total = forward(network, loss, x)
+        kept, total = forward(network, loss, x)
         middle = clock(device)
         total.backward()
         end = clock(device)
         network.zero_grad(set_to_none=False)
-        memory = saved + 4 * own
-        if device == "cuda":  # the peak holds weights and gradients already
-            memory = torch.cuda.max_memory_allocated() + 2 * own
-        cost = Cost(end - start, middle - start, memory)
+        if device == "cuda":
+            kept = torch.cuda.max_memory_allocated() - 2 * own
+        cost = Cost(end - start, middle - start, kept, own)
         if cost.step > SLOW:
             break
     return cost
@@ -131,23 +202,14 @@ def measure(network: nn.Module, loss: Callable, batch_shape: tuple[int, ...], de
 
 def forward(network: nn.Module, loss: Callable, x: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Return the bytes kept for backward, beside the weights, and the summed loss."""
-    weights = {p.data_ptr() for p in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     amp = torch.autocast(x.device.type, enabled=x.device.type == "cuda")
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), amp:
+    with KeptBytes(network) as kept, amp:
         outputs = network(x)
         outputs = outputs if isinstance(outputs, list | tuple) else [outputs]
         total = torch.stack(
             [loss(o, torch.randint(o.shape[1], (len(o), 1, *o.shape[2:])).to(o)) for o in outputs]
         ).sum()
-    return sum(kept.values()), total
+    return kept.peak, total
 
 
 def clock(device: str) -> float:

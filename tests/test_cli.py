@@ -36,13 +36,15 @@ class FakeTrainer:
 
     method, paper, dims, networks = "Guessing", "arXiv:0000.00000", ("2d", "3d"), "any"
     deploy, deploys_stock, step_cost = "teacher", True, 2.0
+    step_memory, trained_networks = 1.0, 1
     supports_regions, supports_ignore, supports_ddp = True, False, False
     uses_unlabeled, twin = True, "SSLTrainerTwin+ema_decay=0.99"
 
     @classmethod
     def settings(cls):
         return {"num_epochs": 250, "num_iterations_per_epoch": 250} | {
-            "num_val_iterations_per_epoch": 50
+            "num_val_iterations_per_epoch": 50,
+            "ema_decay": "auto",
         }
 
 
@@ -315,14 +317,25 @@ def test_measure_counts_memory_and_time():
         network, lambda o, t: nn.functional.cross_entropy(o, t[:, 0].long()), (2, 1, 8, 8), "cpu"
     )
     assert 0 < cost.forward < cost.step
-    assert cost.memory > 4 * 4 * sum(p.numel() for p in network.parameters())
+    assert cost.weights == 4 * sum(p.numel() for p in network.parameters())
+    assert cost.kept >= 4 * (2 * 8 * 8 + 2 * 2 * 8 * 8)  # input and logits
 
 
 def test_estimate_line_adds_up():
-    line = estimate.describe(estimate.Cost(0.4, 0.1, 1_900_000_000), FakeTrainer, "cpu")
+    cost = estimate.Cost(0.4, 0.1, 1_500_000_000, 100_000_000)
+    line = estimate.describe(cost, FakeTrainer, "cpu")
     # 250 * (250 * 2 * 0.4 + 50 * 0.1) s
     assert line.startswith("About 14 h 14 min on cpu (2 x the supervised step of 0.4 s, 250")
-    assert line.endswith("memory about 1.9 GB")
+    assert line.endswith("memory about 1.9 GB")  # weights, gradients, momentum, teacher
+
+    class TwoNetworks(FakeTrainer):
+        step_memory, trained_networks = 2.1, 2
+
+        @classmethod
+        def settings(cls):
+            return super().settings() | {"ema_decay": None}
+
+    assert estimate.memory_of(cost, TwoNetworks) == pytest.approx(2.1 * 1.5e9 + 6 * 1e8)
 
 
 def test_estimate_never_raises(monkeypatch, tmp_path):

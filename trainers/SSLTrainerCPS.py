@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
 from nnunet_ssl.base import SemiSupervisedTrainer, Terms
@@ -18,7 +19,7 @@ from nnunet_ssl.functional import (
     sigmoid_rampup,
     to_prob,
 )
-from nnunet_ssl.modules import other_network
+from nnunet_ssl.modules import MeanOfNetworks, other_network
 
 BOXES = 3  # of the box mix, filling together
 BOX_SHARE = 0.25, 0.5  # of the patch, smallest and largest
@@ -34,7 +35,8 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
         L = sup(z1(l)) + sup(z2(l)) + w [CE(z1, argmax z2) + CE(z2, argmax z1)]
                                                                no gradient through the labels
 
-    The student predicts. Both networks have their own gradient clipping. The peer is of the plan's
+    The student predicts, or the mean of both networks (`deploy=mean`). Both networks have their own
+    gradient clipping. The peer is of the plan's
     architecture, or of the other one (`peer=other`): networks that differ make different mistakes.
     `peer=other+unsup_loss=dice` is cross teaching between CNN and transformer (Luo et al. 2022,
     arXiv:2112.04894) with two CNNs. With `box_mix` both networks learn from unlabelled patches with
@@ -57,8 +59,9 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
     step_cost: ClassVar[float] = 13 / 3
+    trained_networks: ClassVar[int] = 2
 
-    deploy: Literal["teacher", "student"] = "student"
+    deploy: Literal["teacher", "student", "mean"] = "student"  # type: ignore[assignment]
     ema_decay: float | Literal["auto"] | None = None
     peer: Literal["same", "other"] = "same"  # architecture of the second network
     # Deviates: SSL4MIS 0.1 beside (CE + Dice) / 2; nnU-Net's CE + Dice is twice that
@@ -78,6 +81,7 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
     def __init_subclass__(cls) -> None:
         """Let the base refuse networks that have no other architecture (settings subclass)."""
         cls.needs_unet = cls.peer == "other"
+        cls.deploys_stock = cls.deploy != "mean"
 
     @classmethod
     def refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
@@ -86,6 +90,43 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
         several = PlansManager(plans).get_configuration(configuration).batch_size > 1
         rule = "False: the plan's batch is 1 patch, and there is no other to mix it with"
         cls.require(several or not cls.box_mix, "box_mix", rule)
+
+    @classmethod
+    def build_network_architecture(  # type: ignore[override]
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build what predicts; nnU-Net's predictor calls this."""
+        size = num_input_channels, num_output_channels, enable_deep_supervision
+
+        def planned() -> nn.Module:
+            return nnUNetTrainer.build_network_architecture(
+                plans_manager, configuration_manager, *size
+            )
+
+        if cls.deploy != "mean":
+            return planned()
+        peer = planned() if cls.peer == "same" else other_network(configuration_manager, *size)
+        return MeanOfNetworks(planned(), peer, "softmax")
+
+    def initialize(self) -> None:
+        """Build both networks, and their mean if it predicts."""
+        # training builds them one by one
+        self.build_network_architecture = (  # type: ignore[method-assign]
+            nnUNetTrainer.build_network_architecture
+        )
+        super().initialize()
+        self._mean = MeanOfNetworks(self.network, self.companions["peer"], "softmax")
+        self._mean.regions.fill_(self.regions)
+        self._mean.to(self.device)
+
+    def deployed_network(self) -> nn.Module:
+        """Return what `deploy` names."""
+        return self._mean if self.deploy == "mean" else super().deployed_network()
 
     def build_companions(self) -> dict[str, nn.Module]:
         """Return the second network, with its own random weights."""

@@ -5,11 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.export import export_model
-from nnunet_ssl.functional import cutmix, cutmix_boxes, hard_labels, random_partners
+from nnunet_ssl.functional import (
+    cutmix,
+    cutmix_boxes,
+    full_res,
+    hard_labels,
+    random_partners,
+    to_prob,
+)
 from nnunet_ssl.history import read_log
 from nnunet_ssl.naming import resolve
 
@@ -211,6 +219,33 @@ def test_the_peer_can_be_exported_where_stock_nnunet_builds_it(make_trainer, tmp
     assert all(
         torch.equal(weights[k], v) for k, v in trainer.companions["peer"].state_dict().items()
     )
+
+
+@pytest.mark.parametrize("peer", ["same", "other"])
+@pytest.mark.parametrize("dataset", ["Channels", "Regions"])
+def test_the_mean_of_both_predicts_where_asked_for(make_trainer, dataset, peer, tmp_path):
+    name = f"SSLTrainerCPS+deploy=mean+peer={peer}"
+    trainer = make_trainer(name, dataset, "2d")
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    records = read_log(folder / "ssl_log.jsonl")
+    assert set(records[-1]["pseudo_dice"]) == {"student", "peer", "deployed"}
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder.parent), ("all",))
+    x = torch.randn(2, trainer.num_input_channels, 32, 32)
+    with torch.no_grad():
+        found = to_prob(predictor.network.eval()(x), trainer.regions)
+        parts = [to_prob(full_res(n.eval()(x)), trainer.regions) for n in trainer.parts().values()]
+    assert torch.allclose(found, (parts[0] + parts[1]) / 2, atol=1e-5)
+
+    continued = make_trainer(name, dataset, "2d")
+    continued.load_checkpoint(str(folder / "checkpoint_final.pth"))
+    for key, network in trainer.parts().items():
+        there = continued.parts()[key].state_dict()
+        assert all(torch.equal(value, there[k]) for k, value in network.state_dict().items())
+    export_model(folder.parent, tmp_path / "out", "student")
+    (path,) = (tmp_path / "out").rglob("*.pth")
+    assert torch.load(path, weights_only=False)["trainer_name"] == "nnUNetTrainer"
 
 
 def test_the_peer_keeps_its_deep_supervision_after_validation(ready):

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.duo import TwoNetworkTrainer
 from nnunet_ssl.export import export_model
@@ -52,7 +54,7 @@ def test_mean_is_saved_and_the_student_alone_is_a_stock_network(name, make_train
 def test_each_network_is_clipped_by_itself(name, make_trainer):
     trainer = make_trainer(name)
     trainer.initialize()
-    (phase,) = trainer.phases()
+    (phase,) = trainer._phases
     assert phase.modules[:2] == [trainer.student, trainer.peer]
     inside = {id(p) for g in phase.optimizer.param_groups for p in g["params"]}
     listed = [id(p) for m in phase.modules for p in m.parameters()]
@@ -66,13 +68,50 @@ def test_network_knows_regions_from_the_checkpoint_alone(name, make_trainer):
             make_trainer(name, "Regions")
         return
     trainer = make_trainer(name, "Regions")
-    trainer.initialize()
+    trainer.on_train_start()
     assert trainer.network.regions.item() == 1
     fresh = type(trainer).build_network_architecture(
         trainer.plans_manager, trainer.configuration_manager, 1, trainer.num_heads, False
     )
     fresh.load_state_dict(trainer.network.state_dict(), strict=True)
     assert fresh.regions.item() == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_student_takes_pretrained_weights_of_a_stock_network(name, make_trainer, tmp_path):
+    def initialized():
+        trainer = make_trainer(name, "Channels", "2d")  # seeded
+        trainer.initialize()
+        return trainer
+
+    trainer, without = initialized(), initialized()
+    stock = nnUNetTrainer.build_network_architecture(
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        trainer.num_input_channels,
+        trainer.num_heads,
+    )
+    path = tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": stock.state_dict()}, path)
+    load_pretrained_weights(trainer.network, str(path))  # as `nnUNetv2_train -pretrained_weights`
+    for t in (trainer, without):
+        t.on_train_start()
+    for key, value in trainer.network.state_dict().items():
+        own = without.network.state_dict()[key]
+        # nnU-Net never takes over the last layers
+        taken = key.startswith("a.") and ".seg_layers." not in key
+        assert torch.equal(value, stock.state_dict()[key[2:]] if taken else own), key
+    trained = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert {id(p) for p in trainer.network.parameters()} <= trained
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pretrained_weights_of_two_networks_are_refused_by_nnunet(name, make_trainer, tmp_path):
+    trainer = make_trainer(name, "Channels", "2d")
+    trainer.initialize()
+    torch.save({"network_weights": trainer.pair.state_dict()}, tmp_path / "pair.pth")
+    with pytest.raises(AssertionError, match="do not seem to be compatible"):
+        load_pretrained_weights(trainer.network, str(tmp_path / "pair.pth"))
 
 
 @pytest.mark.parametrize("size", [1, 3])
