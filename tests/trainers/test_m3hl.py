@@ -7,7 +7,13 @@ import torch
 from resize_batch import resized
 
 from nnunet_ssl.data.batch import Batch
-from nnunet_ssl.functional import feature_cosine, feature_l1, random_blocks, random_boxes
+from nnunet_ssl.functional import (
+    feature_cosine,
+    feature_l1,
+    full_res,
+    random_blocks,
+    random_boxes,
+)
 from nnunet_ssl.trainers import SSLTrainerBCP, SSLTrainerM3HL
 
 FULL = "+pretrain=0+largest_component=off"
@@ -228,3 +234,56 @@ def test_the_low_precision_run_is_close(make_trainer):
     for key, value in full.items():
         assert half[key].dtype == torch.float32
         assert half[key].item() == pytest.approx(value.item(), abs=3e-2), key
+
+
+def phantoms(contrast, slope, noise, seed):
+    """Two images with two discs each, and their masks; `slope` brightens them downwards."""
+    draw = torch.Generator().manual_seed(seed)
+    row, column = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    images, masks = [], []
+    for _ in range(2):
+        mask = torch.zeros(32, 32)
+        for label, middle in ((1, 10.0), (2, 22.0)):
+            y, x = 4 * torch.rand(2, generator=draw) - 2 + torch.tensor([16.0, middle])
+            height, width = 4 + 3 * torch.rand(2, generator=draw)
+            mask[((row - y) / height) ** 2 + ((column - x) / width) ** 2 < 1] = label
+        noisy = noise * torch.randn(32, 32, generator=draw)
+        images.append(contrast * mask + slope * row / 32 + noisy)
+        masks.append(mask)
+    return torch.stack(images)[:, None], torch.stack(masks)[:, None]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_dice_on_unlabeled_images_rises_above_the_labeled_only_run(make_trainer, seed):
+    def run(pretrain):
+        name = f"SSLTrainerM3HL+pretrain={pretrain}+seed={seed}+num_epochs=10"
+        steps = "+num_iterations_per_epoch=20+num_val_iterations_per_epoch=1"
+        trainer = make_trainer(name + steps, "Toy", "2d", short=False)
+        trainer.on_train_start()
+        trainer.on_epoch_start()
+        image, mask = phantoms(1.0, 0.0, 0.3, 10 + seed)
+        # paler, and brighter towards the bottom: what labelled images alone do not teach
+        unlabeled_image, hidden_mask = phantoms(0.7, 0.5, 0.3, 20 + seed)
+        every_voxel = torch.ones_like(mask, dtype=torch.bool)
+        unlabeled = {
+            "data": unlabeled_image,
+            "views": {"stock": unlabeled_image},
+            "valid": every_voxel,
+            "forced_fg": torch.zeros(2, dtype=torch.bool),
+            "keys": ["u0", "u1"],
+            "meta": {},
+        }
+        labeled = {"data": image, "target": trainer.deep(mask), "valid": every_voxel}
+        batch = {**unlabeled, **labeled, "keys": ["l0", "l1"], "unlabeled": unlabeled}
+        for epoch in range(10):
+            trainer.current_epoch = epoch
+            trainer.on_train_epoch_start()
+            for _ in range(20):
+                trainer.train_step(batch)
+        with torch.no_grad():
+            found = full_res(trainer.student(unlabeled_image)).argmax(1, keepdim=True)
+        pairs = [(found == k, hidden_mask == k) for k in (1, 2)]
+        return sum((2 * (f & t).sum() / (f.sum() + t.sum())).item() for f, t in pairs) / 2
+
+    labeled_only, all_images = run(0.99), run(0.3)
+    assert 0.5 < labeled_only < all_images - 0.02
