@@ -284,6 +284,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.ema_decay is not None:
             self.teacher = self.companions["teacher"] = self.new_network().requires_grad_(False)
             self._set_deep_supervision(self.teacher, False)
+            self.teacher.eval()
         self.companions.to(self.device)
         self._tapped_forward = (
             torch.compile(tapped_forward) if self._do_i_compile() else tapped_forward
@@ -713,6 +714,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not terms:
             return False
         finite = self._clip(phase)
+        at_fault = not finite and self._are_at_fault(terms)
         if not finite and len({name.startswith("sup") for name in terms}) == 2:
             # what the annotated patches teach is not lost with the rest
             self._observed = defaultdict(list, observed)
@@ -720,15 +722,25 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 self.grad_scaler.update()  # with a lower scale; gradients may be unscaled anew
             terms = self._backpropagate(phase, batch, only="sup")
             finite = self._clip(phase)
-            self._dropped_pseudo += finite
+            self._dropped_pseudo += finite and at_fault
+            at_fault = not finite and self._are_at_fault(terms)
         for name, value in terms.items():
             step_terms[name] = step_terms[name] + value if name in step_terms else value
         if self.grad_scaler is not None:
             self.grad_scaler.step(phase.optimizer)  # leaves out a step that is not finite
         elif finite:
             phase.optimizer.step()
-        self._skipped_steps += not finite
+        self._skipped_steps += at_fault
         return True
+
+    def _are_at_fault(self, terms: Terms) -> bool:
+        """Tell whether gradients that are not finite are so without their scale, too.
+
+        The scaler tries larger scales now and then, until half precision overflows.
+        """
+        if self.grad_scaler is None or self.grad_scaler.get_scale() < 1:
+            return True
+        return not all(value.isfinite() for value in terms.values())
 
     def _backpropagate(self, phase: Phase, batch: Batch, only: str = "") -> Terms:
         """Add up the gradients of a phase's terms, of those named `only`...; return the terms."""
@@ -788,6 +800,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for module in network.modules():
             if hasattr(module, "deep_supervision"):
                 module.deep_supervision = enabled  # type: ignore
+
+    def on_validation_epoch_start(self) -> None:
+        """Switch off dropout and the like in all networks that are scored."""
+        super().on_validation_epoch_start()
+        for network in self._scored_networks().values():
+            network.eval()
 
     def validation_step(self, batch: dict) -> dict:
         """Score the deployed network as nnU-Net does, and student and teacher beside it."""

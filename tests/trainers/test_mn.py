@@ -263,6 +263,7 @@ def test_both_networks_learn_to_segment(make_trainer):
 def test_the_peer_is_scored_beside_the_student(make_trainer):
     trainer = start(make_trainer("SSLTrainerMN"))
     trainer.on_validation_epoch_start()
+    assert not any(m.training for m in trainer.peer.modules())  # no dropout
     result = trainer.validation_step(next(trainer.dataloader_val))
     for name in ("student", "peer"):
         assert result[f"{name}_tp"].shape == (2,)

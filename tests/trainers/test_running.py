@@ -549,6 +549,41 @@ def test_a_step_that_is_not_finite_is_left_out_and_told(spoilt, make_trainer):
     assert any("1 steps of this epoch were left out" in line for line in trainer.said)
 
 
+def test_scaled_gradients_that_are_not_finite(make_trainer, monkeypatch):
+    """A NaN costs the unlabelled part; too large a scale does, too, but is no fault."""
+    twin = make_trainer("SSLTrainerFixMatch+warmup=0+threshold=0+unsup_weight=0")
+    trainer = make_trainer("SSLTrainerFixMatch+warmup=0+threshold=0")
+    for one in (twin, trainer):
+        one.on_train_start()
+        one.on_epoch_start()
+        one.on_train_epoch_start()
+        if one is twin:
+            one.train_step(next(one.dataloader_train))
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    batch, right = next(trainer.dataloader_train), trainer.pseudo_loss
+    monkeypatch.setattr(trainer, "pseudo_loss", lambda *a: right(*a) * float("nan"))
+    trainer.train_step(dict(batch))
+    weights = [p.detach().clone() for p in trainer.student.parameters()]
+    for a, b in zip(weights, twin.student.parameters(), strict=True):
+        assert torch.equal(a, b)  # scales are powers of 2
+    assert trainer.grad_scaler.get_scale() == 2.0**15
+    assert (trainer._dropped_pseudo, trainer._skipped_steps) == (1, 0)
+
+    monkeypatch.setattr(trainer, "pseudo_loss", lambda *a: right(*a) * 1000)
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    trainer.train_step(dict(batch))
+    assert all(p.isfinite().all() for p in trainer.student.parameters())
+    assert trainer.grad_scaler.get_scale() == 2.0**126
+    assert (trainer._dropped_pseudo, trainer._skipped_steps) == (1, 0)
+
+
+def test_the_teacher_never_trains(make_trainer):
+    """Its first labels are made before the first epoch."""
+    trainer = make_trainer("SSLTrainer")
+    trainer.on_train_start()
+    assert not any(m.training for m in trainer.teacher.modules())
+
+
 def test_best_checkpoint_after_continuing(make_trainer, monkeypatch):
     """nnU-Net saves the latest checkpoint before it notes that the epoch was the best one."""
     trainer = make_trainer("SSLTrainerSupervised+save_every=1")
