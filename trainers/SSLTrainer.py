@@ -147,7 +147,8 @@ class SSLTrainer(SemiSupervisedTrainer):
         if self.unsup_weight == 0:
             return {}
         measured = self._gauge.measure()
-        records = [*(r["drift"] for r in self._history.records), measured]
+        # a continued run may have begun without the gauge
+        records = [*(r["drift"] for r in self._history.records if r.get("drift")), measured]
         values = [[mean_of(r[name]) for r in records] for name in ("coverage", "agreement")]
         if self.progress > self.rampup_end and confirms_itself(*values):
             self.print_to_log_file(
