@@ -5,6 +5,7 @@ from nnunet_ssl.trainers.SSLTrainerBCP import SSLTrainerBCP
 from nnunet_ssl.trainers.SSLTrainerC3S3 import SSLTrainerC3S3
 from nnunet_ssl.trainers.SSLTrainerCAD import SSLTrainerCAD
 from nnunet_ssl.trainers.SSLTrainerCPS import SSLTrainerCPS
+from nnunet_ssl.trainers.SSLTrainerDiffCL import SSLTrainerDiffCL
 from nnunet_ssl.trainers.SSLTrainerERSR import SSLTrainerERSR
 from nnunet_ssl.trainers.SSLTrainerFixMatch import SSLTrainerFixMatch
 from nnunet_ssl.trainers.SSLTrainerM3HL import SSLTrainerM3HL
@@ -23,6 +24,7 @@ __all__ = [
     "SSLTrainerC3S3",
     "SSLTrainerCAD",
     "SSLTrainerCPS",
+    "SSLTrainerDiffCL",
     "SSLTrainerERSR",
     "SSLTrainerFixMatch",
     "SSLTrainerM3HL",

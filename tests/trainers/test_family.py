@@ -12,6 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
 
+from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.functional import ema_update, full_res
 from nnunet_ssl.history import read_log
 from nnunet_ssl.naming import trainer_classes
@@ -24,6 +25,7 @@ FULL = {
     "SSLTrainerSPCLPretrain": "+gamma_start=100",
     "SSLTrainerC3S3": "+rampup=0",
     "SSLTrainerMEDL": "+rampup=0",
+    "SSLTrainerDiffCL": "+rampup=0+warmup=0+ddim_steps=2",
     "SSLTrainer": "+warmup=0+rampup_end=0+threshold_low=0+threshold_high=0",
     "SSLTrainerMeanTeacher": "+rampup=0",
     "SSLTrainerFixMatch": "+warmup=0+threshold=0",
@@ -44,6 +46,7 @@ MEMORY: dict[str, float] = {
     "SSLTrainerMEDL": 2.25,
     "SSLTrainerM3HL": 1.35,
     "SSLTrainerCAD": 2.25,
+    "SSLTrainerDiffCL": 1.75,
 }
 NONE = {
     "SSLTrainerERSR": "+unsup_weight=0",
@@ -56,7 +59,9 @@ NONE = {
     "SSLTrainerUniMatch": "+unsup_weight=0",
 }
 # supervised steps before a full one: terms that need a teacher which has found the class
-TAUGHT = {"SSLTrainerERSR": 100}
+TAUGHT = {"SSLTrainerERSR": 100, "SSLTrainerDiffCL": 30}
+# features of some steps are remembered before a full one: terms that need a memory
+REMEMBERING = {"SSLTrainerDiffCL"}
 
 
 def start(trainer):
@@ -117,7 +122,13 @@ def test_full_step_trains_what_is_declared_and_moves_the_teacher(
     trained = [m for phase in trainer._phases for m in phase.modules]
     still = [m for m in trainer.companions.values() if all(m is not t for t in trained)]
     batches = [next(trainer.dataloader_train) for _ in range(4 if name in TAUGHT else 1)]
+    data = [Batch.from_loader(b, trainer.device) for b in batches]
     batch = batches[-1]
+    if name in REMEMBERING:
+        for d in data:
+            for _ in trainer.losses(d):
+                pass
+            trainer.after_step({k: v[-1:] for k, v in trainer._observed.items()})
     seen = []
     monkeypatch.setattr(
         trainer, "after_step", lambda observed: seen.append(copy.deepcopy(dict(observed)))
@@ -126,10 +137,7 @@ def test_full_step_trains_what_is_declared_and_moves_the_teacher(
     unsup_only = {}
     reached = set()
 
-    from nnunet_ssl.data.batch import Batch
-
-    data = [Batch.from_loader(b, trainer.device) for b in batches]
-    for terms in (terms for d in data for terms in trainer.losses(d)):
+    for terms in (t for d in data for phase in trainer._phases for t in phase.losses(d)):
         for key, value in terms.items():
             assert key.startswith(("sup", "unsup"))
             assert torch.isfinite(value), key
