@@ -407,6 +407,25 @@ def test_other_high_passes_train(high_pass, make_trainer):
     assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
 
 
+@pytest.mark.slow
+def test_compiled_networks_give_the_same_losses(make_trainer, monkeypatch):
+    found, compile_module, compile_function = [], nn.Module.compile, torch.compile
+    for compiled in (False, True):
+        if compiled:  # traced as on a GPU; the code that is generated there is not looked at
+            monkeypatch.setattr(
+                nn.Module, "compile", lambda m: compile_module(m, backend="aot_eager")
+            )
+            monkeypatch.setattr(
+                torch, "compile", lambda f, **kw: compile_function(f, backend="aot_eager")
+            )
+            monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda trainer: True)
+        trainer = start(make_trainer(FULL, "Toy", "2d"))
+        batches = [next(trainer.dataloader_train) for _ in range(3)]
+        torch.manual_seed(1)
+        found.append([trainer.train_step(dict(batch))["loss"].item() for batch in batches])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 def test_both_networks_learn_to_segment(make_trainer):
     short = "+num_epochs=2+num_iterations_per_epoch=40+num_val_iterations_per_epoch=1+seed=1"
     name = "SSLTrainerDiffCL+ddim_steps=2"
