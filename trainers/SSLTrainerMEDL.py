@@ -29,7 +29,7 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     He, Bi, Li, Pun, Jiao & Jin 2025, arXiv:2505.12418 (BIBM 2024); no released code. For each of
     the two networks i, from the start of training, s = step / N:
 
-        a = softplus(logits) + 1,  p = a / sum a,  b = (a - 1) / sum a,  u = K / sum a
+        a = evidence(logits) + 1,  p = a / sum a,  b = (a - 1) / sum a,  u = K / sum a
         b_f, u_f = caef(b_1, u_1, b_2, u_2)                                      no gradient
         omega(u) = 1 + Xi tanh(rank(u) (2 s - 1)),  rank in (-1, 1) within a sample
         L_l = CE + Dice(p_l, truth)
@@ -47,8 +47,9 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     paper's aim and figure have it, not as its text. Reliability is normalised by the largest U of a
     sample: the published sum leaves all weights near 1 (`reliability=upcol`). L_u is ramped up over
     the first fifth of training, since fresh nnU-Nets predict background (`rampup=0` as published).
-    What makes evidence, Xi, c and the size of lambda_GWU are not in the paper: softplus and c are
-    I-EDL's, lambda_GWU is MCF's, Xi is chosen here. Labelled and unlabelled patches run in turn
+    What makes evidence, Xi, c and the size of lambda_GWU are not in the paper: c is I-EDL's,
+    lambda_GWU is MCF's, Xi is chosen here, and evidence is nearly exp(logits), since with I-EDL's
+    softplus short trainings of nnU-Nets never found a class (`evidence=softplus`). Labelled and unlabelled patches run in turn
     (instance norm does not join them). Each region is an opinion of two classes. Padding does not
     count in terms beside L_l.
     """
@@ -59,8 +60,9 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     supports_ignore: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ("stock",)  # one augmentation for all, no weak and strong
     step_cost: ClassVar[float] = 4.0
+    step_memory: ClassVar[float] = 2.0
 
-    evidence: Literal["softplus", "exp"] = "softplus"  # of logits; not published, I-EDL's
+    evidence: Literal["softplus", "exp"] = "exp"  # of logits; not published, I-EDL's is softplus
     fusion: Literal["caef", "dempster", "precursor"] = "caef"
     fused_share: float = 0.5  # lambda_2, of the fused uncertainty on labelled voxels
     curriculum: float = 0.5  # Xi, how far weights of easy and hard voxels differ; not published

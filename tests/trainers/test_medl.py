@@ -59,7 +59,7 @@ def with_free_logits(trainer, x):
 
 
 def test_step_equals_the_formulas(make_trainer):
-    trainer = start(make_trainer(NAME + "+fused_share=0.3", "Toy", "2d"))
+    trainer = start(make_trainer(NAME + "+fused_share=0.3+evidence=softplus", "Toy", "2d"))
     trainer.step = 3
     batch = next_batch(trainer)
     found = gradients(trainer, trainer.losses(batch))
@@ -182,7 +182,7 @@ def test_curriculum_prefers_sure_voxels_first_and_unsure_ones_last(make_trainer)
 @pytest.mark.parametrize(
     "setting",
     [
-        "evidence=exp",
+        "evidence=softplus",
         "fusion=dempster",
         "fusion=precursor",
         "reliability=upcol",
@@ -210,7 +210,7 @@ def test_without_unlabeled_weights_no_unlabeled_patch_is_loaded(make_trainer):
 
 def test_mean_learns_to_segment(make_trainer):
     short = "+num_epochs=2+num_iterations_per_epoch=45+num_val_iterations_per_epoch=1+seed=1"
-    name = "SSLTrainerMEDL+evidence=exp+initial_lr=0.02"
+    name = "SSLTrainerMEDL+initial_lr=0.02"
     trainer = start(make_trainer(name + short, "Toy", "2d", short=False))
     batch = next(trainer.dataloader_train)
     held_out = batch["data"] + 0.1 * torch.randn_like(batch["data"])
