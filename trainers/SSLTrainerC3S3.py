@@ -64,6 +64,7 @@ class SSLTrainerC3S3(TwoNetworkTrainer):
     supports_ignore: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ("stock",)
     step_cost: ClassVar[float] = 28 / 3
+    step_memory: ClassVar[float] = 2.0
 
     competition_weight: float = 0.1  # of cp, after the ramp-up
     rampup: float = 0.25  # of cp, fraction of training

@@ -81,6 +81,7 @@ class SSLTrainerCAD(CopyPasteTrainer):
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=0.99"
     # teacher 2 forward; both students forward and backward on the mixes and two displaced views
     step_cost: ClassVar[float] = 20 / 3
+    step_memory: ClassVar[float] = 2.1
     trained_networks: ClassVar[int] = 2
 
     box: float = 2 / 3  # side of the box of the mixes, as a fraction of the patch

@@ -58,6 +58,7 @@ class SSLTrainerM3HL(CopyPasteTrainer):
     networks: ClassVar[str] = "PlainConvUNet, ResidualEncoderUNet"
     needs_unet: ClassVar[bool] = True
     step_cost: ClassVar[float] = 4 / 3
+    step_memory: ClassVar[float] = 1.2
 
     deploy: Literal["teacher", "student"] = "student"
     grid: int = 4  # cells per axis

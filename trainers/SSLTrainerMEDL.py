@@ -49,9 +49,9 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     the first fifth of training, since fresh nnU-Nets predict background (`rampup=0` as published).
     What makes evidence, Xi, c and the size of lambda_GWU are not in the paper: c is I-EDL's,
     lambda_GWU is MCF's, Xi is chosen here, and evidence is nearly exp(logits), since with I-EDL's
-    softplus short trainings of nnU-Nets never found a class (`evidence=softplus`). Labelled and unlabelled patches run in turn
-    (instance norm does not join them). Each region is an opinion of two classes. Padding does not
-    count in terms beside L_l.
+    softplus short trainings of nnU-Nets never found a class (`evidence=softplus`). Labelled and
+    unlabelled patches run in turn (instance norm does not join them). Each region is an opinion of
+    two classes. Padding does not count in terms beside L_l.
     """
 
     method: ClassVar[str] = "Mutual evidential deep learning"

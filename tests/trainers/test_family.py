@@ -13,6 +13,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
 
 from nnunet_ssl.data.batch import Batch
+from nnunet_ssl.estimate import KeptBytes
 from nnunet_ssl.functional import ema_update, full_res
 from nnunet_ssl.history import read_log
 from nnunet_ssl.naming import trainer_classes
@@ -40,14 +41,6 @@ FULL = {
     "SSLTrainerMN": "+supervised=0+turn=0+guided=False",
 }
 # no unlabelled weight: the twin's step
-# times the twin's memory, where it is more than 1.25
-MEMORY: dict[str, float] = {
-    "SSLTrainerC3S3": 2.25,
-    "SSLTrainerMEDL": 2.25,
-    "SSLTrainerM3HL": 1.35,
-    "SSLTrainerCAD": 2.25,
-    "SSLTrainerDiffCL": 1.75,
-}
 NONE = {
     "SSLTrainerERSR": "+unsup_weight=0",
     "SSLTrainerSPCL": "+contrast_weight=0",
@@ -332,47 +325,22 @@ def test_masks_of_unlabeled_cases_do_not_exist_and_are_not_asked_for(
 
 
 @pytest.mark.parametrize("name", SEMI)
-def test_memory_stays_near_the_supervised_run(name, make_trainer):
+def test_memory_stays_near_what_is_declared(name, make_trainer):
     def peak(trainer):
-        alive = {"now": 0, "peak": 0}
-        parameter_storages = {
-            p.untyped_storage().data_ptr()
-            for m in (trainer.network, trainer.companions)
-            for p in m.parameters()
-        }
-        counts: dict[int, int] = {}
-
-        class Saved:
-            def __init__(self, tensor):
-                self.tensor = tensor
-                self.key = tensor.untyped_storage().data_ptr()
-                self.size = tensor.untyped_storage().nbytes()
-                if self.key in parameter_storages:
-                    self.size = 0
-                counts[self.key] = counts.get(self.key, 0) + 1
-                if counts[self.key] == 1:
-                    alive["now"] += self.size
-                alive["peak"] = max(alive["peak"], alive["now"])
-
-            def __del__(self):
-                counts[self.key] -= 1
-                if counts[self.key] == 0:
-                    alive["now"] -= self.size
-
-        batch = next(trainer.dataloader_train)
-        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda s: s.tensor):
-            for _ in range(3):
-                trainer.train_step(batch)
-        return alive["peak"]
-
-    def planned(trainer):
-        # nnU-Net's width and depth: what the network saves outweighs what losses save
+        # nnU-Net's width and depth: what the network keeps outweighs what losses keep
         arch = trainer.configuration_manager.configuration["architecture"]["arch_kwargs"]
         arch["features_per_stage"] = [32, 64, 64]
         arch["n_conv_per_stage"], arch["n_conv_per_stage_decoder"] = [2] * 3, [2] * 2
-        return start(trainer)
+        start(trainer)
+        batch = next(trainer.dataloader_train)
+        with KeptBytes(trainer.network, trainer.companions) as kept:
+            for _ in range(3):
+                trainer.train_step(batch)
+        return kept.peak
 
-    twin = make_trainer("SSLTrainerSupervised", configuration=configuration_of(name))
-    supervised = peak(planned(twin))
+    supervised = peak(make_trainer("SSLTrainerSupervised", configuration=configuration_of(name)))
     assert supervised > 0
-    assert peak(planned(make_trainer(name + FULL[name]))) <= MEMORY.get(name, 1.25) * supervised
+    trainer = make_trainer(name + FULL[name])
+    ratio = peak(trainer) / supervised
+    # small patches: losses weigh more than at a planned size, where what is declared holds
+    assert 0.75 * trainer.step_memory <= ratio <= 1.25 * max(1, trainer.step_memory)
