@@ -763,7 +763,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             del counted, total
 
     def _clip(self, phase: Phase) -> bool:
-        """Clip the gradients of each module and tell whether all of them are finite."""
+        """Clip the gradients of each module and tell whether all of them are finite.
+
+        This waits for the device, where the gradient scaler would wait right afterwards.
+        """
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(phase.optimizer)
         norms = [nn.utils.clip_grad_norm_(m.parameters(), GRADIENT_CLIP) for m in phase.modules]

@@ -36,11 +36,11 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
                                                                no gradient through the labels
 
     The student predicts, or the mean of both networks (`deploy=mean`). Both networks have their own
-    gradient clipping. The peer is of the plan's
-    architecture, or of the other one (`peer=other`): networks that differ make different mistakes.
-    `peer=other+unsup_loss=dice` is cross teaching between CNN and transformer (Luo et al. 2022,
-    arXiv:2112.04894) with two CNNs. With `box_mix` both networks learn from unlabelled patches with
-    boxes of other patches pasted in; the labels come from the unmixed patches and are pasted alike.
+    gradient clipping. The peer is of the plan's architecture, or of the other one (`peer=other`):
+    networks that differ make different mistakes. `peer=other+unsup_loss=dice` is cross teaching
+    between CNN and transformer (Luo et al. 2022, arXiv:2112.04894) with two CNNs. With `box_mix`
+    both networks learn from unlabelled patches with boxes of other patches pasted in; the labels
+    come from the unmixed patches and are pasted alike.
 
     The networks run one after the other, so that activations are those of one; the price is one
     more pass of the peer without gradient (two with `box_mix`).

@@ -35,6 +35,7 @@ from nnunet_ssl.evaluation.runner import (
 from nnunet_ssl.evaluation.tasks import TASK, read_state
 from nnunet_ssl.io import environment_folder
 from nnunet_ssl.naming import resolve
+from nnunet_ssl.planning.api import read_plans
 from nnunet_ssl.planning.raw import RawDataset, read_raw_dataset
 from nnunet_ssl.planning.splits import Splits, ensure_splits, place_once
 
@@ -126,19 +127,7 @@ def check_ready(raw: RawDataset, base: Path, configuration: str, plans: str) -> 
             f"{raw.folder} has 1 annotated case, so nothing is left to validate on. Annotate at "
             f"least one more scan; five or more make the answer worth more."
         )
-    path = base / f"{plans}.json"
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist. Run: "
-            f"nnunet_ssl plan_and_preprocess -d {raw.folder.name[7:10]} -c {configuration}"
-        )
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if configuration not in content["configurations"]:
-        raise UserError(
-            f"{path} has no configuration {configuration}. Give one of these with -c: "
-            f"{', '.join(c for c in content['configurations'] if 'cascade' not in c)}"
-        )
-    read_manifest(base, content, configuration)
+    read_manifest(base, read_plans(base, plans, configuration), configuration)
 
 
 def check_trainings(place: Path, task: Mapping[str, Any], base: Path, file_ending: str) -> None:

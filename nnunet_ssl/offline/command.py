@@ -45,6 +45,7 @@ from nnunet_ssl.offline.predict import (
 from nnunet_ssl.offline.select import choose, collapse_of, kind_of
 from nnunet_ssl.offline.stability import change
 from nnunet_ssl.offline.write import Chosen, new_dataset_json, preprocess, write_dataset
+from nnunet_ssl.planning.api import read_plans
 from nnunet_ssl.planning.raw import CaseInfo, RawDataset, read_raw_dataset, silence
 from nnunet_ssl.planning.splits import Splits, check_id_free, ensure_splits
 from nnunet_ssl.planning.workers import Workers, processes_for
@@ -286,7 +287,7 @@ def check(dataset_id: int, configuration: str, new_id: int, **asked: Any) -> Run
         plans = read_model(model, raw, configuration)
         asked["plans"] = plans["plans_name"]
     else:
-        plans = read_plans(raw, base, asked["plans"], configuration)
+        plans = read_plans(base, asked["plans"], configuration)
     known = read_manifest(base, plans, configuration)["cases"]
     changed = sorted(known.keys() ^ raw.unlabeled.keys())
     if changed:
@@ -324,23 +325,6 @@ def with_checkpoints(trainer: str) -> str:
     if kept and not set(KEEP_AT) <= set(kept):
         raise UserError(f"{trainer}: keep_at must hold {wanted}, or be left out.")
     return trainer if kept else join(name, {**settings, "keep_at": wanted})
-
-
-def read_plans(raw: RawDataset, base: Path, plans: str, configuration: str) -> dict[str, Any]:
-    """Return the plans of a data set."""
-    path = base / f"{plans}.json"
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist. Run: "
-            f"nnunet_ssl plan_and_preprocess -d {raw.folder.name[7:10]} -c {configuration}"
-        )
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if configuration not in content["configurations"]:
-        raise UserError(
-            f"{path} has no configuration {configuration}. Give one of these with -c: "
-            f"{', '.join(c for c in content['configurations'] if 'cascade' not in c)}"
-        )
-    return content
 
 
 def read_model(model: Path, raw: RawDataset, configuration: str) -> dict[str, Any]:

@@ -205,6 +205,32 @@ def _at_least_one_thread():
             os.environ["nnUNet_n_proc_DA"] = old
 
 
+def read_plans(base: Path, plans: str, configuration: str) -> dict[str, Any]:
+    """Return the plans of a data set.
+
+    Args:
+        base: its folder below nnUNet_preprocessed.
+        plans: their name.
+        configuration: that they must have.
+
+    Raises:
+        UserError: no such plans or configuration; names the command or the choices.
+    """
+    path = base / f"{plans}.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist. Run: "
+            f"nnunet_ssl plan_and_preprocess -d {base.name[7:10]} -c {configuration}"
+        )
+    content = load_json(str(path))
+    if configuration not in content["configurations"]:
+        raise UserError(
+            f"{path} has no configuration {configuration}. Give one of these with -c: "
+            f"{', '.join(c for c in content['configurations'] if 'cascade' not in c)}"
+        )
+    return content
+
+
 def _available(
     plans: Mapping[str, Any], configurations: Sequence[str], plans_path: Path
 ) -> list[str]:
