@@ -22,7 +22,7 @@ from nnunet_ssl.functional import (
     to_prob,
 )
 from nnunet_ssl.history import mean_of
-from nnunet_ssl.modules import ClassBrake, ClassThresholds, DriftGauge, confirms_itself
+from nnunet_ssl.modules import ClassBrake, ClassThresholds, DriftGauge, confirmed_for
 
 
 class SSLTrainer(SemiSupervisedTrainer):
@@ -143,14 +143,20 @@ class SSLTrainer(SemiSupervisedTrainer):
         return hard_labels(prob, self.regions).cpu(), labels.cpu(), valid.cpu()
 
     def measure_drift(self) -> dict[str, float | list[float]]:
-        """Measure the fixed patches; warn where sureness rises while the student follows less."""
+        """Measure the fixed patches; warn where sureness rises while the student follows less.
+
+        The warning comes when this begins, then every fifty epochs.
+        """
         if self.unsup_weight == 0:
             return {}
         measured = self._gauge.measure()
         # a continued run may have begun without the gauge
-        records = [*(r["drift"] for r in self._history.records if r.get("drift")), measured]
-        values = [[mean_of(r[name]) for r in records] for name in ("coverage", "agreement")]
-        if self.progress > self.rampup_end and confirms_itself(*values):
+        records = [r for r in self._history.records if r.get("drift")]
+        records.append({"progress": self.progress, "drift": measured})
+        values = [[mean_of(r["drift"][n]) for r in records] for n in ("coverage", "agreement")]
+        ramped = sum(r["progress"] > self.rampup_end for r in records)
+        streak = min(confirmed_for(*values), ramped)
+        if streak == 1 or (streak and streak % 50 == 0):
             self.print_to_log_file(
                 "WARNING: over the last ten epochs the teacher became no less sure of unlabelled "
                 "patches while the student follows it less. Pseudo-labels may confirm their own "

@@ -5,7 +5,7 @@ from nnunet_ssl.modules.bank import ClassBank
 from nnunet_ssl.modules.brake import ClassBrake, class_shares
 from nnunet_ssl.modules.clusters import TokenClusters
 from nnunet_ssl.modules.diffusion import DiffusionNetwork
-from nnunet_ssl.modules.drift import DriftGauge, confirms_itself
+from nnunet_ssl.modules.drift import DriftGauge, confirmed_for, confirms_itself
 from nnunet_ssl.modules.insertion import finest_stage, insert_after_stage
 from nnunet_ssl.modules.lora import LowRank, add_low_rank
 from nnunet_ssl.modules.mamba import HighFrequencyMamba, SelectiveSSM
@@ -39,6 +39,7 @@ __all__ = [
     "add_low_rank",
     "check_backbone",
     "class_shares",
+    "confirmed_for",
     "confirms_itself",
     "decode",
     "dropout_factors",

@@ -1,6 +1,7 @@
 """The drift gauge: what a labelling network does to a few fixed patches, epoch after epoch."""
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -129,3 +130,14 @@ def confirms_itself(coverage: Sequence[float], agreement: Sequence[float]) -> bo
         for v in (coverage, agreement)
     )
     return new_c >= old_c and new_a <= old_a - LESS_AGREEMENT
+
+
+def confirmed_for(coverage: Sequence[float], agreement: Sequence[float]) -> int:
+    """Return for how many epochs in a row, up to the last one, `confirms_itself` holds.
+
+    Args:
+        coverage: one value an epoch, mean over classes, the last one newest.
+        agreement: likewise.
+    """
+    ends = range(len(coverage), 0, -1)
+    return sum(1 for _ in takewhile(lambda n: confirms_itself(coverage[:n], agreement[:n]), ends))

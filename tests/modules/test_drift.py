@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nnunet_ssl.modules import DriftGauge, confirms_itself
+from nnunet_ssl.modules import DriftGauge, confirmed_for, confirms_itself
 from nnunet_ssl.modules.drift import drift
 
 NAN = float("nan")
@@ -76,3 +76,11 @@ def test_signature_of_confirmation():
     assert not confirms_itself(rise, flat)
     assert not confirms_itself(rise[1:], fall[1:])  # too short to tell
     assert not confirms_itself([NAN] * 20, fall)
+
+
+def test_confirmation_is_counted_in_epochs():
+    agreement, coverage = [1.0] * 15 + [0.8] * 25, [0.8] * 40
+    found = [confirmed_for(coverage[:n], agreement[:n]) for n in range(1, 41)]
+    # from the twentieth epoch on, as long as three more of ten epochs are low
+    assert found == [0] * 19 + [*range(1, 14)] + [0] * 8
+    assert confirmed_for([0.9] * 25 + [0.8] * 7, agreement[:32]) == 0  # less sure at last

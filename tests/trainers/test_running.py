@@ -718,3 +718,31 @@ def test_the_drift_gauge_changes_nothing_and_sees_the_teacher_move(make_trainer,
     assert [r["drift"] for r in blind._history.records] == [{}, {}]
     for a, b in zip(gauged.student.parameters(), blind.student.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_drift_is_told_when_it_begins_and_every_fifty_epochs(make_trainer, monkeypatch, tmp_path):
+    name = "SSLTrainer+num_epochs=1000+num_iterations_per_epoch=1+warmup=0+rampup_end=0.0225"
+    trainer = make_trainer(name, short=False)
+    said = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *a, **k: said.append(str(a[0])))
+
+    class Gauge:
+        """The student follows less and less, all the time."""
+
+        def measure(self):
+            return {"coverage": [0.8, float("nan")], "agreement": [1 - 0.006 * epoch, None]}
+
+    trainer._gauge = Gauge()
+    trainer._history = base.History(tmp_path)
+    told = []
+    for epoch in range(130):
+        if epoch == 60:  # a continued run
+            trainer._history = base.History(tmp_path)
+            trainer._history.cut_back(60)
+        trainer.step = (epoch + 1) * trainer.num_iterations_per_epoch
+        drift = {} if epoch == 3 else trainer.measure_drift()  # an epoch without the gauge
+        trainer._history.append({"epoch": epoch, "progress": trainer.progress, "drift": drift})
+        if said:
+            told.append(epoch)
+            assert len(said) == 1 and "confirm their own mistakes" in said.pop()
+    assert told == [22, 71, 121]  # the first epoch after the ramp, then the 50th and 100th
