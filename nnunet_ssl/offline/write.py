@@ -17,7 +17,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.data.loader import CASE_TABLE, read_csv
-from nnunet_ssl.data.pseudo_labels import PSEUDO_LABELS
+from nnunet_ssl.data.pseudo_labels import PSEUDO_LABELS, pseudo_labeled
 from nnunet_ssl.data.unlabeled import unlabeled_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.io import explain_os_error, write_json, write_text
@@ -219,8 +219,12 @@ def preprocess(
         raise UserError(explain_os_error(error, base)) from error
     known = {case: infos[case] for case in raw.unlabeled}
     with Workers(processes) as workers:
-        preprocess_unlabeled(raw, known, base, plans, configuration, workers)
-        preprocess_labeled(raw, base, plans, configuration, workers)
+        looks = preprocess_labeled(raw, base, plans, configuration, workers)
+        made = pseudo_labeled(base)
+        annotated = [
+            look for case, look in zip(raw.labeled, looks, strict=True) if case not in made
+        ]
+        preprocess_unlabeled(raw, known, base, plans, configuration, workers, annotated)
     write_json(plans, base / f"{plans['plans_name']}.json")  # last: who has plans is ready
     return base
 

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.naming import resolve
+from nnunet_ssl.offline import write
 from nnunet_ssl.offline.command import pseudo_label
+from nnunet_ssl.planning.preprocessing import LOOK
 
 from .conftest import KEPT, TRAINER, by_intensity, make_model, read
 
@@ -83,6 +86,30 @@ def test_a_round_from_a_finished_model(own, segmenting, trainings, start, no_plo
     assert set(stock.do_split()[0]) == set(train)
     out = capsys.readouterr().out
     assert "3 of 5 pseudo-labels kept" in out and "nnUNetv2_predict -d 950 -c 2d" in out
+
+
+def test_scans_unlike_the_annotated_ones_are_listed_again(
+    own, segmenting, trainings, monkeypatch, capsys
+):
+    make_model(own, "Dataset901_Toy")
+    for path in (own / "nnUNet_preprocessed/Dataset901_Toy/nnUNetPlans_2d_unlabeled").glob("*.pkl"):
+        properties = load_pickle(str(path))
+        properties[LOOK]["intensities"] += 10
+        write_pickle(properties, str(path))
+    real = write.preprocess_labeled
+
+    def preprocess_labeled(raw, *rest):
+        looks = real(raw, *rest)
+        for case, look in zip(raw.labeled, looks, strict=True):
+            look.intensities += 10 * case.startswith("un")  # as strange, but its mask was made
+        return looks
+
+    monkeypatch.setattr(write, "preprocess_labeled", preprocess_labeled)
+    assert run(rounds=1, drop=0.4) == 0
+    manifest = read(own / "nnUNet_preprocessed" / FIRST / "nnUNetPlans_2d_unlabeled.json")
+    assert len(manifest["cases"]) == 2
+    assert manifest["unlike"] == {case: ["intensities"] for case in manifest["cases"]}
+    assert "2 of 2 scans in imagesUn look unlike every annotated" in capsys.readouterr().out
 
 
 def test_rounds_end_when_the_masks_settle(own, segmenting, trainings, no_plots, capsys):
@@ -301,7 +328,7 @@ def test_a_run_that_was_begun_otherwise(own, segmenting, trainings):
 def test_killed_at_any_stage_it_goes_on(own, segmenting, trainings, monkeypatch):
     from evaluation.fakes import Killed
 
-    from nnunet_ssl.offline import command, predict, write
+    from nnunet_ssl.offline import command, predict
 
     def dying(real, after):
         """Work some times, then die like a killed process."""
@@ -320,8 +347,8 @@ def test_killed_at_any_stage_it_goes_on(own, segmenting, trainings, monkeypatch)
         (predict, "add_line", 1),  # masks written, the line not
         (write, "link_images", 3),
         (command, "preprocess", 0),
-        (write, "preprocess_unlabeled", 0),
         (write, "preprocess_labeled", 0),
+        (write, "preprocess_unlabeled", 0),
         (command, "change_of", 0),
     ):
         with monkeypatch.context() as patch:
