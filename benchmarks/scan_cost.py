@@ -19,7 +19,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -27,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from gauges import MB, now, status
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
@@ -36,7 +36,6 @@ from nnunet_ssl.io import write_json
 
 TOKENS, CHANNELS, STATES = 15_000, 128, 16
 REPEATS = {"loop": 2, "scan": 7, "kernel": 7}
-MB = 2**20
 RESULTS = Path(__file__).parent / "results" / "scan_cost.json"
 
 Inputs = tuple[Tensor, ...]
@@ -152,14 +151,6 @@ def differences(ways: dict[str, Run], inputs: Inputs) -> dict[str, dict[str, flo
     return found
 
 
-def now(device: torch.device) -> float:
-    """Return the time once the device is done; on a CPU that of this process alone."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def reset_peak(device: torch.device) -> int:
     """Forget the peak so far; return the bytes in use."""
     if device.type == "cuda":
@@ -172,12 +163,6 @@ def reset_peak(device: torch.device) -> int:
 def read_peak(device: torch.device) -> int:
     """Return the most bytes in use since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else status("VmHWM")
-
-
-def status(key: str) -> int:
-    """Return a size from the kernel's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
 def hardware(device: torch.device) -> str:

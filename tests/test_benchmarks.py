@@ -1,0 +1,144 @@
+"""The arithmetic of the measuring scripts, and what they measure beside our trainers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from nnunet_ssl.data.unlabeled import (
+    manifest_path,
+    preprocessing_key,
+    read_manifest,
+    unlabeled_folder,
+)
+from nnunet_ssl.naming import trainer_classes
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import pool_scaling
+    import step_cost
+
+    return step_cost, pool_scaling
+
+
+@pytest.fixture
+def loop(scripts):
+    torch.manual_seed(0)
+
+    def network():
+        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+    def loss(logits, target):
+        return cross_entropy(logits, target[:, 0])
+
+    loop = scripts[0].ResearchLoop(network(), network(), loss, torch.device("cpu"))
+    loop.threshold = 0.4
+    return loop
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 1, 8, 8, generator=generator)
+    views = torch.randn(4, 2, 8, 8, generator=generator)
+    target = (x > 0).long() + (x > 1).long()
+    return {"data": x, "target": target}, {"data": views}
+
+
+def test_ratios_do_not_see_a_machine_that_slows_down(scripts):
+    step_cost, _ = scripts
+    twin, method = [1.0, 1.2, 1.1, 0.9], [2.0, 2.6, 2.1, 1.9]
+    slow = [1, 4, 2, 9]
+    expected = step_cost.ratios(method, twin)
+    drifted = step_cost.ratios(
+        [t * s for t, s in zip(method, slow, strict=True)],
+        [t * s for t, s in zip(twin, slow, strict=True)],
+    )
+    assert drifted == expected
+    middle, low, high = expected
+    assert low < middle < high
+    assert step_cost.ratios(twin, twin, scale=2) == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "share"),
+    [
+        ("SSLTrainerSupervised", 1, 0),
+        ("SSLTrainer", 2, 1 / 2),
+        ("SSLTrainerMeanTeacher", 2, 1 / 2),
+        ("SSLTrainerFixMatch", 2, 1 / 2),
+        ("SSLTrainerBCP", 1, 1),
+        ("SSLTrainerCPS", 4, 1 / 4),
+    ],
+)
+def test_declared_costs_are_the_bound(name, samples, share, scripts):
+    assert trainer_classes()[name].step_cost == pytest.approx(scripts[0].bound(samples, share))
+
+
+def test_the_research_loop_learns_and_its_teacher_follows(loop):
+    old = [p.detach().clone() for p in loop.teacher.parameters()]
+    first = loop.train_step(batches())
+    for before, now, student in zip(
+        old, loop.teacher.parameters(), loop.student.parameters(), strict=True
+    ):
+        assert torch.allclose(now, loop.decay * before + (1 - loop.decay) * student)
+        assert now.grad is None
+    for _ in range(60):
+        last = loop.train_step(batches())
+    assert last["supervised"] < 0.8 * first["supervised"]
+    assert last["loss"] == pytest.approx(last["supervised"] + loop.weight * last["unsupervised"])
+
+
+def test_pseudo_labels_of_the_research_loop_teach_where_they_count(scripts):
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    label, mask = torch.randint(3, (2, 4, 4)), torch.zeros(2, 4, 4)
+    mask[:, :2] = 1
+    loss = scripts[0].pseudo_label_loss(logits, label, mask)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient[:, :, :2].abs().sum(1) > 0).all()
+    assert (gradient[:, :, 2:] == 0).all()
+    sure = 100 * torch.nn.functional.one_hot(label, 3).movedim(-1, 1).float()
+    assert scripts[0].pseudo_label_loss(sure, label, mask).item() == pytest.approx(0, abs=1e-5)
+    nothing = scripts[0].pseudo_label_loss(logits, label, torch.zeros_like(mask))
+    (gradient,) = torch.autograd.grad(nothing, logits)
+    assert nothing.isfinite() and gradient.isfinite().all()
+
+
+def test_a_made_pool_is_a_valid_one(scripts, tmp_path, monkeypatch):
+    _, pool_scaling = scripts
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    base = tmp_path / "preprocessed" / "Dataset901_Toy"
+    identifier = "nnUNetPlans_3d_fullres"
+    plans = {
+        "plans_name": "nnUNetPlans",
+        "dataset_name": "Dataset901_Toy",
+        "transpose_forward": [0, 1, 2],
+        "image_reader_writer": "SimpleITKIO",
+        "foreground_intensity_properties_per_channel": {},
+        "configurations": {"3d_fullres": {"architecture": {}, "data_identifier": identifier}},
+    }
+    folder = unlabeled_folder(base, identifier)
+    images = tmp_path / "raw" / base.name / "imagesUn"
+    for place in (folder, images):
+        place.mkdir(parents=True)
+    for ending in (".b2nd", "_seg.b2nd", ".pkl"):
+        (folder / f"un_000{ending}").write_text(ending)
+    (images / "un_000_0000.nii.gz").write_text("image")
+    (base / "nnUNetPlans.json").write_text(json.dumps(plans))
+    key = preprocessing_key(plans, "3d_fullres")
+    manifest = {"format": 1, "preprocessing": key, "cases": {"un_000": {"content": "x"}}}
+    manifest_path(base, identifier).write_text(json.dumps(manifest))
+
+    made = pool_scaling.make_pool(base, 902, 7)
+    made_plans = json.loads((made / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    assert made_plans["dataset_name"] == made.name
+    cases = read_manifest(made, made_plans, "3d_fullres")["cases"]
+    assert len(cases) == 7
+    raw = tmp_path / "raw" / made.name / "imagesUn"
+    assert {p.name.removesuffix("_0000.nii.gz") for p in raw.iterdir()} == set(cases)
