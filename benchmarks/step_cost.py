@@ -39,7 +39,8 @@ from gauges import MB, RESULTS, now, provenance
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 from workbench import (
     TAUGHT,
@@ -335,9 +336,9 @@ def prepared(subject: Subject, device: torch.device) -> Subject:
     with silence():
         for _ in range(BATCHES):
             subject.batches.append(pinned(subject.draw(), device))
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        with torch.compiler.set_stance("force_eager"), Operations() as counter:
             subject.step(subject.batches[0])
-        subject.operations = counter.get_total_flops()
+        subject.operations = counter.total
         for k in range(WARM_UP[device.type]):
             subject.step(subject.batches[k % BATCHES])
         if device.type == "cuda":
@@ -349,6 +350,22 @@ def prepared(subject: Subject, device: torch.device) -> Subject:
             peak = kept_bytes(subject.modules, lambda: subject.step(subject.batches[0]))
     subject.memory = peak / MB
     return subject
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations of convolutions and matrix products, forward and backward.
+
+    PyTorch's own counter follows modules, which fails where a loss calls `autograd.grad`.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            count = flop_registry[func._overloadpacket]
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def pinned(batch: Any, device: torch.device) -> Any:
