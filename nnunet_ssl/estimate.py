@@ -33,12 +33,14 @@ class Cost(NamedTuple):
         kept: bytes that are kept for backward, at their peak (on CUDA: all that is allocated beside
             weights and gradients).
         weights: bytes of the weights.
+        pixels: of the batch.
     """
 
     step: float
     forward: float
     kept: int
     weights: int
+    pixels: int
 
 
 class KeptBytes:
@@ -163,10 +165,15 @@ def memory_of(cost: Cost, trainer: Any) -> float:
     """Expected bytes of a training whose supervised twin costs `cost` a step.
 
     What the step keeps for backward, and the weights: of each trained network with gradient and
-    momentum, of the teacher by itself.
+    momentum, of the teacher by itself. Methods with the setting `pixels_at_once` keep no more of
+    a larger batch, beside what the plan's network keeps.
     """
-    copies = 3 * trainer.trained_networks + (trainer.settings()["ema_decay"] is not None)
-    return trainer.step_memory * cost.kept + copies * cost.weights
+    settings = trainer.settings()
+    copies = 3 * trainer.trained_networks + (settings["ema_decay"] is not None)
+    times = trainer.step_memory
+    if at_once := settings.get("pixels_at_once"):
+        times = max(1.0, times * min(1.0, at_once / cost.pixels))
+    return times * cost.kept + copies * cost.weights
 
 
 def measure(network: nn.Module, loss: Callable, batch_shape: tuple[int, ...], device: str) -> Cost:
@@ -184,7 +191,8 @@ def measure(network: nn.Module, loss: Callable, batch_shape: tuple[int, ...], de
     network = network.to(device)
     own = sum(p.numel() * p.element_size() for p in network.parameters())
     x = torch.rand(batch_shape, device=device)
-    cost = Cost(0.0, 0.0, 0, own)
+    pixels = x[:, 0].numel()
+    cost = Cost(0.0, 0.0, 0, own, pixels)
     for _ in range(2):
         start = clock(device)
         kept, total = forward(network, loss, x)
@@ -194,7 +202,7 @@ def measure(network: nn.Module, loss: Callable, batch_shape: tuple[int, ...], de
         network.zero_grad(set_to_none=False)
         if device == "cuda":
             kept = torch.cuda.max_memory_allocated() - 2 * own
-        cost = Cost(end - start, middle - start, kept, own)
+        cost = Cost(end - start, middle - start, kept, own, pixels)
         if cost.step > SLOW:
             break
     return cost

@@ -319,10 +319,11 @@ def test_measure_counts_memory_and_time():
     assert 0 < cost.forward < cost.step
     assert cost.weights == 4 * sum(p.numel() for p in network.parameters())
     assert cost.kept >= 4 * (2 * 8 * 8 + 2 * 2 * 8 * 8)  # input and logits
+    assert cost.pixels == 2 * 8 * 8
 
 
 def test_estimate_line_adds_up():
-    cost = estimate.Cost(0.4, 0.1, 1_500_000_000, 100_000_000)
+    cost = estimate.Cost(0.4, 0.1, 1_500_000_000, 100_000_000, 2_000_000)
     line = estimate.describe(cost, FakeTrainer, "cpu")
     # 250 * (250 * 2 * 0.4 + 50 * 0.1) s
     assert line.startswith("About 14 h 14 min on cpu (2 x the supervised step of 0.4 s, 250")
@@ -336,6 +337,19 @@ def test_estimate_line_adds_up():
             return super().settings() | {"ema_decay": None}
 
     assert estimate.memory_of(cost, TwoNetworks) == pytest.approx(2.1 * 1.5e9 + 6 * 1e8)
+
+
+@pytest.mark.parametrize(("pixels", "times"), [(500, 5), (1000, 5), (2000, 2.5), (9000, 1)])
+def test_estimate_of_methods_that_run_slices_in_groups(pixels, times):
+    class Slices(FakeTrainer):
+        step_memory = 5.0
+
+        @classmethod
+        def settings(cls):
+            return super().settings() | {"ema_decay": None, "pixels_at_once": 1000}
+
+    cost = estimate.Cost(0.4, 0.1, 1_500_000_000, 100_000_000, pixels)
+    assert estimate.memory_of(cost, Slices) == pytest.approx(times * 1.5e9 + 3e8)
 
 
 def test_estimate_never_raises(monkeypatch, tmp_path):

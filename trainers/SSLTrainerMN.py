@@ -72,6 +72,8 @@ class SSLTrainerMN(SemiSupervisedTrainer):
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=None+deploy=student"
     views: ClassVar[tuple[str, ...]] = ("stock",)  # one augmentation for all
     step_cost: ClassVar[float] = 1.0
+    step_memory: ClassVar[float] = 3.1  # of one group of slices; 2D and tuned in full 2.2
+    trained_networks: ClassVar[int] = 2
 
     deploy: Literal["student"] = "student"
     ema_decay: None = None
