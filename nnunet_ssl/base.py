@@ -3,7 +3,7 @@
 import json
 import math
 import typing
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,11 +19,10 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
-from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import softmax_helper_dim1
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -46,14 +45,19 @@ from nnunet_ssl.data.views import Pipeline
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import (
     confidence,
+    copy_from_first,
     deep_supervised,
     downsample,
     ema_decay_at,
     ema_update,
     full_res,
+    gather,
     hard_labels,
+    joint_share,
     largest_component,
     largest_component_regions,
+    masked_ce_dice,
+    process_count,
     pseudo_ce_dice,
     strong_intensity,
     to_prob,
@@ -119,6 +123,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     network: Any  # nnU-Net sets these to None first
     dataset_class: Any
+    is_ddp: bool
 
     # What `nnunet_ssl list` tells, and what a method declares about itself.
     method: ClassVar[str] = ""
@@ -128,6 +133,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     supports_regions: ClassVar[bool] = False
     supports_ignore: ClassVar[bool] = False
     supports_ddp: ClassVar[bool] = False
+    least_patches: ClassVar[int] = 1  # of a batch, on each of several GPUs
     deploys_stock: ClassVar[bool] = True
     uses_unlabeled: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
@@ -226,6 +232,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         except OSError as error:
             place = error.filename or "the folder nnUNet_results"
             raise UserError(explain_os_error(error, place)) from error
+        if self.is_ddp and device.type == "cpu":  # nnU-Net takes a GPU for each process
+            self.device, self.grad_scaler = device, None
         for name in NNUNET_SETTINGS:
             setattr(self, name, getattr(type(self), name))
         self.companions = nn.ModuleDict()
@@ -251,11 +259,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         dimension = f"{len(config.patch_size)}d"
         problems = {
             f"the cascade ({configuration})": config.previous_stage_name is not None,
-            "training on several GPUs": (
-                torch.distributed.is_available()
-                and torch.distributed.is_initialized()
-                and not cls.supports_ddp
-            ),
+            "training on several GPUs": process_count() > 1 and not cls.supports_ddp,
             "region-based training": labels.has_regions and not cls.supports_regions,
             "the ignore label": labels.has_ignore_label and not cls.supports_ignore,
             f"{dimension} configurations": dimension not in cls.dims,
@@ -270,12 +274,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                     f"{cls.__name__} does not support {feature}. `nnunet_ssl list` shows which "
                     f"trainers do."
                 )
+        patches, rest = divmod(config.batch_size, process_count())
+        if process_count() > 1 and (rest or patches < cls.least_patches):
+            raise UserError(
+                f"{cls.__name__}: the plan's batch of {config.batch_size} patches does not give "
+                f"each of {process_count()} GPUs the same number, at least {cls.least_patches}. "
+                f"Give another -num_gpus, or plan for more GPU memory."
+            )
 
     def initialize(self) -> None:
         """Build student, companions, losses and optimizers."""
         if self.seed is not None:
             checkpoints.seed_everything(self.seed)
-        super().initialize()
+        with self._alone():
+            super().initialize()
+        if self.is_ddp:
+            self._set_batch_size_and_oversample()
+            self.loss = self._build_loss()
         if isinstance(self.network, OptimizedModule):
             # compiled in place, so that state-dict keys and feature taps stay as they are
             self.network = self.network._orig_mod
@@ -289,7 +304,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._tapped_forward = (
             torch.compile(tapped_forward) if self._do_i_compile() else tapped_forward
         )
-        self._masked_loss = self._build_masked_loss()
+        self._masked_dice = self._build_masked_dice()
+        if self.is_ddp:
+            for module in (self.network, self.companions):
+                copy_from_first([*module.parameters(), *module.buffers()])
+            if self.seed is not None:
+                checkpoints.seed_everything(self.seed + self.local_rank)  # of data and views
         self._phases = list(self.phases())
         for phase in self._phases:
             for group in phase.optimizer.param_groups:
@@ -301,14 +321,31 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.initialize()
         self.check_data()
         super().on_train_start()
-        self._history = History(self.output_folder)
+        self._history = History(self.output_folder, writes=self.local_rank == 0)
         if self._resumed is None:
-            self._set_old_run_aside()
+            if self.local_rank == 0:
+                self._set_old_run_aside()
+            gather(None)  # no process goes on before that
             self.start_companions()
         else:
             self._history.cut_back(self.current_epoch)
             # after the loaders' warm-up batch, which the uninterrupted run drew at its own start
-            checkpoints.restore_random_state(self._resumed["rng"], self.device)
+            if self.local_rank < len(self._resumed["rng"]):
+                state = self._resumed["rng"][self.local_rank]
+                checkpoints.restore_random_state(state, self.device)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let nnU-Net work as on one GPU: it would wrap the network, and look for the wrapped one.
+
+        Gradients are averaged over processes by `_average_gradients` instead, phase by phase.
+        """
+        several = self.is_ddp
+        self.is_ddp = False
+        try:
+            yield
+        finally:
+            self.is_ddp = several
 
     def check_data(self) -> None:
         """Check the unlabelled cases against plans, labelled cases and the raw folder.
@@ -499,15 +536,27 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             target: full resolution, as in `Batch.target`.
             keep: (B, 1, *) bool. Voxels with the ignore label are left out as well.
         """
-        if self.regions:
-            ignored = ~keep
-            if self.label_manager.has_ignore_label:
-                ignored = ignored | target[:, -1:].bool()
-                target = target[:, :-1]
-            target = torch.cat([target.bool(), ignored], 1)
-        else:
-            target = torch.where(keep, target, self._ignore_value)
-        return self._masked_loss(output, self.deep(target))
+        ce_weight = 1.0
+        if self.label_manager.has_ignore_label:
+            if self.regions:
+                keep, target = keep & ~target[:, -1:].bool(), target[:, :-1]
+            else:
+                keep = keep & (target != self.label_manager.ignore_label)
+        elif self.regions:
+            # with an ignore label nnU-Net sums the BCE over regions, without one it averages
+            ce_weight = 1 / self.num_heads
+
+        def at_scale(logits: Tensor, target: Tensor, keep: Tensor) -> Tensor:
+            return masked_ce_dice(
+                logits,
+                target,
+                keep,
+                dice=self._masked_dice,
+                regions=self.regions,
+                ce_weight=ce_weight,
+            )
+
+        return self._over_scales(at_scale, output, target, keep)
 
     def pseudo_loss(
         self,
@@ -548,11 +597,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 dice_weight=float("dice" in parts),
             )
 
+        return self._over_scales(at_scale, output, pseudo_label, weight, pseudo_voxels)
+
+    def _over_scales(self, loss_fn: Callable[..., Tensor], output: Any, *full: Tensor) -> Tensor:
+        """Return a loss on full-resolution maps, summed over scales with nnU-Net's weights."""
         if not self.enable_deep_supervision:
-            return at_scale(output, pseudo_label, weight, pseudo_voxels)
+            return loss_fn(output, *full)
         scales = self._get_deep_supervision_scales()
-        maps = [downsample(m, scales) for m in (pseudo_label, weight, pseudo_voxels)]
-        return deep_supervised(at_scale, output, *maps, weights=self.loss.weight_factors)
+        maps = [downsample(m, scales) for m in full]
+        return deep_supervised(loss_fn, output, *maps, weights=self.loss.weight_factors)
 
     def as_target(self, pseudo_label: Tensor) -> Tensor:
         """Give pseudo-labels of regions the empty ignore channel that targets have, if any."""
@@ -601,6 +654,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         single = single_piece(training_cases, label_sets, slices)
         return single if self.regions else [label_sets[i][0] for i in single]
 
+    def draw(self) -> float:
+        """Draw a number from [0, 1), the same for all processes: they run the same passes."""
+        number = torch.rand(())
+        if self.is_ddp:
+            number = number.to(self.device)
+            copy_from_first([number])
+        return number.item()
+
     def observe(self, name: str, value: Tensor) -> None:
         """Keep a tensor, detached, for `after_step` of this step."""
         self._observed[name].append(value.detach())
@@ -618,10 +679,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             counted: voxels that enter the loss, (B, 1 or R, *).
             valid: (B, 1, *) bool, False on padding.
         """
-        voxels = valid.sum().clamp(min=1)
-        self.track("coverage", (counted.bool() & valid).float().mean(1).sum() / voxels)
+        covered = (counted.bool() & valid).float().mean(1).sum()
+        self.track("coverage", joint_share(covered, valid.sum()))
         sure = confidence(prob, self.regions).mean(1, keepdim=True)
-        self.track("confidence", (sure * valid).sum() / voxels)
+        self.track("confidence", joint_share((sure * valid).sum(), valid.sum()))
         shares = self._shares(hard_labels(prob, self.regions), valid, None)
         self._meter.add("shares/pseudo", shares)
         self.observe("pseudo_shares", shares)
@@ -632,7 +693,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         student = hard_labels(to_prob(full_res(output), self.regions), self.regions)
         counted = counted.bool().expand_as(student)
         agreed = ((student == pseudo_label) & counted).sum()
-        self.track("agreement", agreed / counted.sum())  # NaN, so missing, where none counts
+        # NaN, so missing, where none counts
+        self.track("agreement", joint_share(agreed, counted.sum()))
 
     def _shares(self, labels: Tensor, valid: Tensor, samples: Tensor | None) -> Tensor:
         return class_shares(labels, valid, self.num_heads, self.regions, samples)
@@ -740,7 +802,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
         if self.grad_scaler is None or self.grad_scaler.get_scale() < 1:
             return True
-        return not all(value.isfinite() for value in terms.values())
+        return any(gather(not all(value.isfinite() for value in terms.values())))
 
     def _backpropagate(self, phase: Phase, batch: Batch, only: str = "") -> Terms:
         """Add up the gradients of a phase's terms, of those named `only`...; return the terms."""
@@ -751,6 +813,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             with self._autocast():
                 terms = next(generator, None)
             if terms is None:
+                self._average_gradients(phase)
                 return summed
             counted = {name: value for name, value in terms.items() if name.startswith(only)}
             del terms
@@ -771,6 +834,21 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.grad_scaler.unscale_(phase.optimizer)
         norms = [nn.utils.clip_grad_norm_(m.parameters(), GRADIENT_CLIP) for m in phase.modules]
         return bool(torch.stack([n.to(self.device) for n in norms]).isfinite().all())
+
+    def _average_gradients(self, phase: Phase) -> None:
+        """Give all processes the mean of their gradients; the same parameters have one in all."""
+        if not self.is_ddp:
+            return
+        for module in phase.modules:
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            if gradients:
+                joint = torch.cat([g.flatten() for g in gradients])
+                torch.distributed.all_reduce(joint)
+                joint /= process_count()
+                parts = joint.split([g.numel() for g in gradients])
+                torch._foreach_copy_(
+                    gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)]
+                )
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Bring the epoch's losses to the host at once."""
@@ -836,9 +914,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         super().on_validation_epoch_end(val_outputs)
         self._pseudo_dice = {}
         for name in self._scored_networks():
-            tp, fp, fn = (
-                np.sum([o[f"{name}_{c}"] for o in val_outputs], 0) for c in ("tp", "fp", "fn")
+            counts = np.sum(
+                [[o[f"{name}_{c}"] for c in ("tp", "fp", "fn")] for o in val_outputs], 0
             )
+            tp, fp, fn = np.sum(gather(counts), 0)
             with np.errstate(invalid="ignore"):
                 self._pseudo_dice[name] = (2 * tp / (2 * tp + fp + fn)).tolist()
 
@@ -860,7 +939,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "shares": {},
             "pseudo_dice": self._pseudo_dice,
             "drift": self.measure_drift(),
-            "patches": self._patches,
+            "patches": dict(sum(map(Counter, gather(self._patches)), Counter())),
             "steps_without_pseudo": self._dropped_pseudo,
             "steps_left_out": self._skipped_steps,
         }
@@ -875,7 +954,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._log_externally(record)
         self._warn_if_collapsed(record)
         for fraction in self.keep_at:
-            if epoch < fraction * self.num_epochs <= epoch + 1 and not self.disable_checkpointing:
+            reached = epoch < fraction * self.num_epochs <= epoch + 1
+            if reached and not self.disable_checkpointing and self.local_rank == 0:
                 kept = Path(self.output_folder) / f"checkpoint_at_{100 * fraction:g}.pth"
                 checkpoints.save_checkpoint(self._prediction_state(), kept)
         super().on_epoch_end()
@@ -1111,36 +1191,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     # ------------------------------------------------------------------ losses of nnU-Net, masked
 
-    def _build_masked_loss(self) -> nn.Module:
-        dice = {
-            "batch_dice": self.configuration_manager.batch_dice,
-            "smooth": 1e-5,
-            "do_bg": self.regions,
-            "ddp": self.is_ddp,
-        }
-        loss: nn.Module
-        if self.regions:
-            # with an ignore mask nnU-Net sums the BCE over regions, without one it averages
-            weight_ce = 1 if self.label_manager.has_ignore_label else 1 / self.num_heads
-            loss = DC_and_BCE_loss(
-                {},
-                dice,
-                weight_ce=weight_ce,
-                use_ignore_label=True,
-                dice_class=MemoryEfficientSoftDiceLoss,
-            )
-        else:
-            ignore = self.label_manager.ignore_label
-            # any value that is no class
-            self._ignore_value = self.num_heads if ignore is None else ignore
-            loss = DC_and_CE_loss(
-                dice, {}, ignore_label=self._ignore_value, dice_class=MemoryEfficientSoftDiceLoss
-            )
-        if self._do_i_compile():
-            loss.dc = torch.compile(loss.dc)  # type: ignore
-        if self.enable_deep_supervision:
-            loss = DeepSupervisionWrapper(loss, self.loss.weight_factors)
-        return loss
+    def _build_masked_dice(self) -> nn.Module:
+        """nnU-Net's Dice as its own loss has it."""
+        dice: nn.Module = MemoryEfficientSoftDiceLoss(
+            torch.sigmoid if self.regions else softmax_helper_dim1,
+            batch_dice=self.configuration_manager.batch_dice,
+            do_bg=self.regions,
+            smooth=1e-5,
+            ddp=self.is_ddp,
+        )
+        return torch.compile(dice) if self._do_i_compile() else dice  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ state
 
@@ -1163,6 +1223,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
+        rng = gather(checkpoints.random_state(self.device))
+        if self.local_rank > 0:
+            return
         scaler = self.grad_scaler
         state = {
             **self._prediction_state(),
@@ -1183,7 +1246,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                     for p in self._phases
                     if p.optimizer is not self.optimizer
                 },
-                "rng": checkpoints.random_state(self.device),
+                "rng": rng,  # of each process
                 "settings": self.settings(),
             },
         }
@@ -1205,7 +1268,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         saved = checkpoints.load_training_state(path, type(self).__name__)
         if not self.was_initialized:
             self.initialize()
-        with self._in_place_of_student(self.deployed_network()):  # whose weights nnU-Net reads
+        # whose weights nnU-Net reads
+        with self._alone(), self._in_place_of_student(self.deployed_network()):
             super().load_checkpoint(path)
         state = saved["ssl_state"]
         self.network.load_state_dict(state["student"])

@@ -20,6 +20,7 @@ class CopyPasteTrainer(SemiSupervisedTrainer):
     needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
+    least_patches: ClassVar[int] = 2  # a mix has two
     views: ClassVar[tuple[str, ...]] = ("stock",)  # one augmentation for all, no weak and strong
 
     ema_decay: float | Literal["auto"] | None = 0.99

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.functional import gather
 from nnunet_ssl.io import atomic_path, explain_os_error, write_text
 
 matplotlib.use("agg")
@@ -20,7 +21,7 @@ PLOT_NAME = "ssl_progress.png"
 
 
 class Meter:
-    """Means over an epoch, kept on the device: nothing waits for it during a step.
+    """Means over an epoch and all processes, kept on the device: no step waits for it.
 
     Values that are not finite count as missing, each entry of a vector by itself.
     """
@@ -42,10 +43,13 @@ class Meter:
 
     def means(self) -> dict[str, float | list[float]]:
         """Return the means as numbers and lists, NaN where nothing was counted; start anew."""
-        result: dict[str, float | list[float]] = {
-            name: (self._sums[name] / self._counts[name]).cpu().tolist() for name in self._sums
-        }
+        here = {name: (self._sums[name].cpu(), self._counts[name].cpu()) for name in self._sums}
         self._sums, self._counts = {}, {}
+        everywhere = gather(here)
+        result: dict[str, float | list[float]] = {}
+        for name in here:
+            sums, counts = (sum(t[name][i] for t in everywhere if name in t) for i in (0, 1))
+            result[name] = (sums / counts).tolist()
         return result
 
 
@@ -63,9 +67,11 @@ class History:
 
     Args:
         folder: the fold's output folder.
+        writes: False keeps the log in memory, in all but the first of several processes.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, writes: bool = True):
+        self.writes = writes
         self.path = Path(folder) / LOG_NAME
         self.plot_path = Path(folder) / PLOT_NAME
         self.records: list[dict] = []
@@ -73,12 +79,15 @@ class History:
     def cut_back(self, epoch: int) -> None:
         """Read the log and keep what happened before `epoch`; a torn last line is dropped."""
         self.records = [r for r in read_log(self.path) if r["epoch"] < epoch]
-        write_text("".join(json.dumps(r) + "\n" for r in self.records), self.path)
+        if self.writes:
+            write_text("".join(json.dumps(r) + "\n" for r in self.records), self.path)
 
     def append(self, record: dict) -> None:
         """Add one epoch."""
         record = _finite(record)
         self.records.append(record)
+        if not self.writes:
+            return
         try:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
@@ -87,6 +96,8 @@ class History:
 
     def plot(self) -> None:
         """Draw the curves of all epochs so far."""
+        if not self.writes:
+            return
         import matplotlib.pyplot as plt
 
         panels = [

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from nnunet_ssl import checkpoint
@@ -15,6 +14,7 @@ from nnunet_ssl.functional import (
     exchange,
     full_res,
     hard_labels,
+    joint_sum,
     rampup_between,
     random_boxes,
     random_flips,
@@ -60,6 +60,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
+    supports_ddp: ClassVar[bool] = True
     step_cost: ClassVar[float] = 7 / 3
 
     unsup_weight: float = 1.0  # lambda, after the ramp-up
@@ -184,7 +185,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         if self.normalized:
             w_sup, w_pse = 1 / (1 + weight), weight / (1 + weight)
         # Deviates: BCP mixes in every step; test images are not mixed
-        if torch.rand(()).item() >= self.exchange_probability:
+        if self.draw() >= self.exchange_probability:
             yield {"sup": w_sup * self.loss(self.student(batch.x_l), batch.y_l)}
             output = self.student(x)
             self.track_agreement(output, pseudo_label, counted)
@@ -217,7 +218,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         histogram = thresholds.confidence_histogram(
             prob, batch.valid_u, thresholds.bins, self.regions
         )
-        self.observe("confidences", histogram)
+        self.observe("confidences", joint_sum(histogram))
         return hard_labels(prob, self.regions), counted
 
     def strong_view(

@@ -37,6 +37,7 @@ class SSLTrainerBCP(CopyPasteTrainer):
     method: ClassVar[str] = "Bidirectional copy-paste"
     paper: ClassVar[str] = "Bai et al. 2023, arXiv:2305.00673"
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=0.99+deploy=student"
+    supports_ddp: ClassVar[bool] = True
     step_cost: ClassVar[float] = 4 / 3
 
     deploy: Literal["teacher", "student"] = "student"

@@ -15,6 +15,7 @@ from nnunet_ssl.functional import (
     cutmix_boxes,
     full_res,
     hard_labels,
+    process_count,
     random_partners,
     sigmoid_rampup,
     to_prob,
@@ -58,6 +59,7 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=None+deploy=student"
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
+    supports_ddp: ClassVar[bool] = True
     step_cost: ClassVar[float] = 13 / 3
     trained_networks: ClassVar[int] = 2
 
@@ -87,8 +89,9 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
     def refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
         """Refuse also a box mix of one patch."""
         super().refuse_unsupported(plans, configuration, dataset_json)
-        several = PlansManager(plans).get_configuration(configuration).batch_size > 1
-        rule = "False: the plan's batch is 1 patch, and there is no other to mix it with"
+        patches = PlansManager(plans).get_configuration(configuration).batch_size
+        several = patches // process_count() > 1
+        rule = "False: a GPU's batch is 1 patch, and there is no other to mix it with"
         cls.require(several or not cls.box_mix, "box_mix", rule)
 
     @classmethod

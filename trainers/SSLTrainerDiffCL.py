@@ -30,6 +30,7 @@ from nnunet_ssl.modules import (
     Projector,
     finest_stage,
     insert_after_stage,
+    take_from_stage,
 )
 
 NEW_VECTORS = 32  # a class and step, into the bank
@@ -95,6 +96,8 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
     bank_size: int = 256  # vectors a class
     embedding: int = 32  # channels in which voxels are compared
 
+    _taken: tuple[int, nn.Module] | None = None  # stage and module, while they are taken out
+
     def __init_subclass__(cls) -> None:
         """Let the cost follow the number of sampling steps (settings subclass)."""
         super().__init_subclass__()
@@ -141,6 +144,30 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
         module = HighFrequencyMamba(channels, len(patch_size), cls.high_pass)
         insert_after_stage(network, stage, module)
         return network
+
+    def initialize(self) -> None:
+        """Build all; take the Mamba module out, so that `-pretrained_weights` takes the plan's."""
+        super().initialize()
+        patch_size = self.configuration_manager.patch_size
+        stage = finest_stage(self.network, patch_size, self.max_tokens)
+        self._taken = stage, take_from_stage(self.network, stage)
+
+    def on_train_start(self) -> None:
+        """Start with the whole network."""
+        self._put_module_back()
+        super().on_train_start()
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Load a checkpoint, which holds the whole network."""
+        self._put_module_back()
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _put_module_back(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        if self._taken is not None:
+            insert_after_stage(self.network, *self._taken)
+            self._taken = None
 
     @classmethod
     def build_diffusion_network(

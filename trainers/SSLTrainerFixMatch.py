@@ -31,6 +31,7 @@ class SSLTrainerFixMatch(SemiSupervisedTrainer):
     needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
+    supports_ddp: ClassVar[bool] = True
     step_cost: ClassVar[float] = 7 / 3
 
     threshold: float = 0.95  # tau, on the probability of the pseudo-label

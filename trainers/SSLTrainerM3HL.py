@@ -55,6 +55,7 @@ class SSLTrainerM3HL(CopyPasteTrainer):
     method: ClassVar[str] = "M3HL, mutual mask mix"
     paper: ClassVar[str] = "Liu et al. 2025, arXiv:2508.03752"
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=0.99+deploy=student"
+    supports_ddp: ClassVar[bool] = True
     networks: ClassVar[str] = "PlainConvUNet, ResidualEncoderUNet"
     needs_unet: ClassVar[bool] = True
     step_cost: ClassVar[float] = 4 / 3

@@ -18,6 +18,7 @@ from nnunet_ssl.functional import (
     full_res,
     fuse_opinions,
     opinion,
+    shared_count,
     sigmoid_rampup,
     voxel_reliability,
 )
@@ -58,6 +59,7 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     paper: ClassVar[str] = "He et al. 2025, arXiv:2505.12418"
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
+    supports_ddp: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ("stock",)  # one augmentation for all, no weak and strong
     step_cost: ClassVar[float] = 4.0
     step_memory: ClassVar[float] = 2.0
@@ -199,5 +201,5 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the voxels of a mask of the same shape; 0 if there are none."""
-    return (values * mask).sum() / mask.sum().clamp_min(1)
+    """Mean over the voxels of a mask of the same shape, of all processes; 0 if there are none."""
+    return (values * mask).sum() / shared_count(mask.sum())

@@ -39,6 +39,7 @@ class SSLTrainerMeanTeacher(SemiSupervisedTrainer):
     needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
+    supports_ddp: ClassVar[bool] = True
     step_cost: ClassVar[float] = 7 / 3
 
     ema_decay: float | Literal["auto"] | None = 0.99

@@ -18,6 +18,7 @@ class SSLTrainerSupervised(SemiSupervisedTrainer):
     paper: ClassVar[str] = "Isensee et al. 2021 (nnU-Net), with an EMA of the weights"
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
+    supports_ddp: ClassVar[bool] = True
     uses_unlabeled: ClassVar[bool] = False
 
     def losses(self, batch: Batch) -> Iterator[Terms]:

@@ -58,6 +58,15 @@ from nnunet_ssl.functional.evidence import (
 from nnunet_ssl.functional.features import feature_cosine, feature_l1
 from nnunet_ssl.functional.guided import guided_count, guided_share
 from nnunet_ssl.functional.haar import fft_bands, haar_split, laplacian_bands
+from nnunet_ssl.functional.joint import (
+    copy_from_first,
+    gather,
+    joint_share,
+    joint_sum,
+    process_count,
+    shared_count,
+)
+from nnunet_ssl.functional.masked_loss import masked_ce_dice
 from nnunet_ssl.functional.meta_labels import (
     partition,
     retrieval,
@@ -139,6 +148,7 @@ __all__ = [
     "competition_score",
     "confidence",
     "contour_roughness",
+    "copy_from_first",
     "curriculum_weight",
     "cutmix",
     "cutmix_boxes",
@@ -165,6 +175,7 @@ __all__ = [
     "from_slices",
     "full_res",
     "fuse_opinions",
+    "gather",
     "gather_places",
     "guided_count",
     "guided_share",
@@ -172,10 +183,13 @@ __all__ = [
     "half_mirrored",
     "hard_labels",
     "iuc_contrast",
+    "joint_share",
+    "joint_sum",
     "laplacian_bands",
     "largest_component",
     "largest_component_regions",
     "largest_region",
+    "masked_ce_dice",
     "merged_moments",
     "mirror_at",
     "mirror_mse",
@@ -190,6 +204,7 @@ __all__ = [
     "partition",
     "perturbed",
     "prob_mse",
+    "process_count",
     "propagation_loss",
     "pseudo_ce_dice",
     "q_sample",
@@ -209,6 +224,7 @@ __all__ = [
     "sampled_moments",
     "select_best",
     "selective_scan",
+    "shared_count",
     "sigmoid_mse",
     "sigmoid_rampup",
     "slice_features",

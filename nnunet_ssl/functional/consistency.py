@@ -1,7 +1,8 @@
 """Squared distances between soft predictions."""
 
-import torch
 from torch import Tensor
+
+from nnunet_ssl.functional.joint import shared_count
 
 
 def prob_mse(prob: Tensor, target_prob: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -33,8 +34,7 @@ def prob_mse(prob: Tensor, target_prob: Tensor, mask: Tensor | None = None) -> T
             "expected the same shape with 1 or all channels."
         )
     weight = mask.detach().float().expand_as(squared)
-    total = weight.sum()
-    return (squared * weight).sum() / torch.where(total > 0, total, 1)
+    return (squared * weight).sum() / shared_count(weight.sum())
 
 
 def softmax_mse(logits: Tensor, target_prob: Tensor, mask: Tensor | None = None) -> Tensor:

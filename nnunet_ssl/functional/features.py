@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from nnunet_ssl.functional.joint import shared_count
+
 
 def feature_l1(feature: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean absolute distance of feature maps.
@@ -28,7 +30,7 @@ def feature_l1(feature: Tensor, target: Tensor, mask: Tensor | None = None) -> T
     distance = (feature - target.detach().to(feature.dtype)).abs()
     if mask is None:
         return distance.mean(dtype=torch.float32)
-    counted = mask.sum().clamp_min(1) * feature.shape[1]
+    counted = shared_count(mask.sum()) * feature.shape[1]
     return (distance * mask).sum(dtype=torch.float32) / counted
 
 
@@ -56,7 +58,7 @@ def feature_cosine(feature: Tensor, target: Tensor, mask: Tensor | None = None) 
         feature, target = feature * mask, target * mask
         counted = mask.flatten(1).any(1).float()
     distance = 1 - cosine_similarity(feature.flatten(1), target.flatten(1), dim=1)
-    return (distance * counted).sum() / counted.sum().clamp_min(1)
+    return (distance * counted).sum() / shared_count(counted.sum())
 
 
 def _check(feature: Tensor, target: Tensor, mask: Tensor | None) -> None:

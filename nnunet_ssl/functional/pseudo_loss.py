@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from nnunet_ssl.functional.joint import joint_sum, shared_count
+
 
 def pseudo_ce_dice(
     logits: Tensor,
@@ -40,9 +42,9 @@ def pseudo_ce_dice(
 
     Returns:
         Scalar: ce_weight * sum(weight * CE) / #pseudo voxels (and regions) - dice_weight * mean
-        Dice, summed over the batch and without background, of the classes kept. 0 with zero
-        gradient if nothing counts. No gradient into labels or weights, nor into logits where
-        `weight` is 0.
+        Dice, summed over the batch and without background, of the classes kept; the number of
+        voxels and the sums of the Dice are those of all processes. 0 with zero gradient if nothing
+        counts. No gradient into labels or weights, nor into logits where `weight` is 0.
 
     Raises:
         ValueError: shapes do not fit.
@@ -72,7 +74,7 @@ def pseudo_ce_dice(
         classes = torch.arange(1, logits.shape[1], device=logits.device)
         target = label == classes.view(1, -1, *[1] * (logits.ndim - 2))
     if ce_weight:
-        total = pseudo_voxels.sum().clamp_min(1)
+        total = shared_count(pseudo_voxels.sum())
         if regions:
             ce = binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
             total = total * logits.shape[1]
@@ -88,9 +90,9 @@ def pseudo_ce_dice(
 def _mean_dice(prob: Tensor, target: Tensor, weight: Tensor, min_voxels: int) -> Tensor:
     axes = (0, *range(2, prob.ndim))
     prob = prob * weight
-    intersection = (prob * target).sum(axes)
-    in_target = (target * weight).sum(axes)
-    dice = (2 * intersection + 1e-5) / (in_target + prob.sum(axes) + 1e-5)
+    sums = (prob * target).sum(axes), (target * weight).sum(axes), prob.sum(axes)
+    intersection, in_target, in_prob = joint_sum(torch.stack(sums))
+    dice = (2 * intersection + 1e-5) / (in_target + in_prob + 1e-5)
     kept = in_target >= min_voxels
     return (dice * kept).sum() / kept.sum().clamp_min(1)
 

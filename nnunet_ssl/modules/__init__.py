@@ -6,7 +6,7 @@ from nnunet_ssl.modules.brake import ClassBrake, class_shares
 from nnunet_ssl.modules.clusters import TokenClusters
 from nnunet_ssl.modules.diffusion import DiffusionNetwork
 from nnunet_ssl.modules.drift import DriftGauge, confirmed_for, confirms_itself
-from nnunet_ssl.modules.insertion import finest_stage, insert_after_stage
+from nnunet_ssl.modules.insertion import finest_stage, insert_after_stage, take_from_stage
 from nnunet_ssl.modules.lora import LowRank, add_low_rank
 from nnunet_ssl.modules.mamba import HighFrequencyMamba, SelectiveSSM
 from nnunet_ssl.modules.moments import ClassMoments
@@ -49,5 +49,6 @@ __all__ = [
     "other_network",
     "perturbed_forward",
     "pretrained_backbone",
+    "take_from_stage",
     "tapped_forward",
 ]

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nnunet_ssl.functional import joint_sum
+
 
 class ClassBrake(nn.Module):
     """Compare how often the teacher predicts each class with how often it is truly there.
@@ -99,7 +101,7 @@ def class_shares(
 
     Returns:
         (num_classes - 1,), entry 0 being class 1; for regions (num_classes,). In [0, 1]; NaN if no
-        voxel counts.
+        voxel counts. Over all processes.
     """
     if samples is not None:
         samples = samples.to(labels.device, non_blocking=True)
@@ -109,4 +111,5 @@ def class_shares(
         found = (labels.bool() & valid).sum(axes)
     else:
         found = torch.stack([((labels == k) & valid).sum() for k in range(1, num_classes)])
-    return found / valid.sum()
+    counts = joint_sum(torch.cat([found, valid.sum()[None]]))
+    return counts[:-1] / counts[-1]

@@ -45,13 +45,20 @@ def insert_after_stage(network: nn.Module, stage: int, module: nn.Module) -> Non
     Raises:
         NotImplementedError: another architecture.
     """
+    _parts(network, stage).append(module)
+
+
+def take_from_stage(network: nn.Module, stage: int) -> nn.Module:
+    """Take out the module that `insert_after_stage` put behind a stage, and return it."""
+    return _parts(network, stage).pop(-1)
+
+
+def _parts(network: nn.Module, stage: int) -> nn.Sequential:
     if isinstance(network, PlainConvUNet):
-        parts = network.encoder.stages[stage]
-    elif isinstance(network, ResidualEncoderUNet):
-        parts = network.encoder.stages[stage].blocks  # type: ignore[assignment]
-    else:
-        raise NotImplementedError(
-            f"{type(network).__name__} takes no further module; PlainConvUNet and "
-            f"ResidualEncoderUNet do."
-        )
-    parts.append(module)
+        return network.encoder.stages[stage]
+    if isinstance(network, ResidualEncoderUNet):
+        return network.encoder.stages[stage].blocks  # type: ignore[return-value]
+    raise NotImplementedError(
+        f"{type(network).__name__} takes no further module; PlainConvUNet and "
+        f"ResidualEncoderUNet do."
+    )
