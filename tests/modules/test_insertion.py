@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_ssl.modules import HighFrequencyMamba, finest_stage, insert_after_stage, tapped_forward
+from nnunet_ssl.modules import (
+    HighFrequencyMamba,
+    finest_stage,
+    insert_after_stage,
+    take_from_stage,
+    tapped_forward,
+)
 
 from .test_networks import CASES, configuration, plan_network
 
@@ -68,6 +74,15 @@ def test_finest_stage_knows_anisotropic_strides():
     for stage, places in enumerate((4 * 8 * 8, 4 * 4 * 4, 2 * 2 * 2)):
         assert finest_stage(network, (8, 16, 16), places) == stage
         assert finest_stage(network, (8, 16, 16), places - 1) == min(stage + 1, 2)
+
+
+@pytest.mark.parametrize(("kind", "dim"), CASES)
+def test_what_was_put_in_is_taken_out(kind, dim):
+    network = plan_network(configuration(kind, dim))
+    before, module = str(network), Doubled()
+    insert_after_stage(network, 1, module)
+    assert str(network) != before
+    assert take_from_stage(network, 1) is module and str(network) == before
 
 
 def test_other_architectures_are_refused():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 from torch.nn.functional import normalize, one_hot
@@ -315,7 +316,7 @@ def test_starts_as_the_plans_network_with_one_mamba_module(
         )
         kwargs = arch["arch_kwargs"]
         kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
-    trainer.initialize()
+    trainer.on_train_start()
     stock = nnUNetTrainer.build_network_architecture(
         trainer.plans_manager, trainer.configuration_manager, 1, trainer.num_heads, True
     )
@@ -332,6 +333,44 @@ def test_starts_as_the_plans_network_with_one_mamba_module(
     state = torch.randn(2, trainer.num_heads, *x.shape[2:])
     logits = full_res(diffusion(x, state, torch.tensor([0, 999])))
     assert logits.shape == full_res(trainer.network(x)).shape
+
+
+@pytest.mark.parametrize("source", ["stock", "own"])
+def test_pretrained_weights_reach_the_plans_part_of_the_student(source, make_trainer, tmp_path):
+    def initialized():
+        trainer = make_trainer("SSLTrainerDiffCL", "Channels", "2d")  # seeded
+        trainer.initialize()
+        return trainer
+
+    trainer, without = initialized(), initialized()
+    builder = nnUNetTrainer if source == "stock" else type(trainer)
+    network = builder.build_network_architecture(
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        trainer.num_input_channels,
+        trainer.num_heads,
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1)
+    given, path = network.state_dict(), tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": given}, path)
+    load_pretrained_weights(trainer.network, str(path))  # as `nnUNetv2_train -pretrained_weights`
+    for t in (trainer, without):
+        t.on_train_start()
+    mamba = [n for n, m in trainer.network.named_modules() if isinstance(m, HighFrequencyMamba)]
+    assert len(mamba) == 1
+    for key, value in trainer.network.state_dict().items():
+        # nnU-Net never takes over the last layers
+        taken = f"{mamba[0]}." not in key and ".seg_layers." not in key
+        assert torch.equal(value, given[key] if taken else without.network.state_dict()[key]), key
+    for a, b in zip(trainer.companions.parameters(), without.companions.parameters(), strict=True):
+        assert torch.equal(a, b)
+    trained = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert {id(p) for p in trainer.network.parameters()} <= trained
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
 
 
 def test_mamba_module_moves_to_a_coarser_stage(make_trainer):
