@@ -201,13 +201,6 @@ def test_unsupported_is_refused_before_a_folder_is_made(
     assert not (tmp_path / "results").exists()
 
 
-def test_several_gpus_are_refused(nnunet, make_trainer, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(NotImplementedError, match="several GPUs"):
-        make_trainer("SSLTrainer")
-    assert not (tmp_path / "results").exists()
-
-
 # ---------------------------------------------------------------- start, end, logs
 
 
