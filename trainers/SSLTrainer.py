@@ -1,7 +1,7 @@
 """The default."""
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,14 @@ from nnunet_ssl.functional import (
     to_prob,
 )
 from nnunet_ssl.history import mean_of
-from nnunet_ssl.modules import ClassBrake, ClassThresholds, DriftGauge, confirmed_for
+from nnunet_ssl.modules import (
+    ClassBrake,
+    ClassThresholds,
+    DriftGauge,
+    confirmed_for,
+    dropout_factors,
+    perturbed_forward,
+)
 
 
 class SSLTrainer(SemiSupervisedTrainer):
@@ -73,6 +80,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     threshold_low: float = 0.6  # limits of
     threshold_high: float = 0.95  # tau_k
     threshold_drop: float = 0.2  # share of each class that may be left out as unsure
+    channel_dropout: float = 0.0  # probability of an encoder channel to be dropped, strong view
     brake_floor: float = 0.2  # share of its true volume under which a lost class brakes
 
     @classmethod
@@ -187,7 +195,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         # Deviates: BCP mixes in every step; test images are not mixed
         if self.draw() >= self.exchange_probability:
             yield {"sup": w_sup * self.loss(self.student(batch.x_l), batch.y_l)}
-            output = self.student(x)
+            output = self.perturbed(x)
             self.track_agreement(output, pseudo_label, counted)
             yield {"unsup": w_pse * self.pseudo_loss(output, pseudo_label, counted, valid)}
             return
@@ -204,6 +212,13 @@ class SSLTrainer(SemiSupervisedTrainer):
             del output, sup, pse  # nothing of this chunk stays while the next one is built
             yield terms
             del terms
+
+    def perturbed(self, x: Tensor) -> Any:
+        """Return the student's output with channels of its encoder dropped."""
+        if self.channel_dropout == 0:
+            return self.student(x)
+        factors = dropout_factors(self.student, x, self.channel_dropout)
+        return perturbed_forward(self.student, x, factors, clean=False)[0]
 
     def label(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the teacher's decisions on the weak view and which of them count.
