@@ -207,7 +207,7 @@ def draw(content: dict[str, Any], picture: Path) -> None:
         for name, label in (("s", "wall clock"), ("processor_s", "processor")):
             values = [row[f"start_beyond_nnunet_{name}"] for row in rows]
             start.plot(sizes, values, marker="o", label=label)
-        start.axhline(TARGET, color="tab:orange", label="target")
+        start.axhline(TARGET, color="tab:red", ls=":", label="target")
         start.set_title("start-up beyond nnU-Net's, s", fontsize=10)
         start.legend(frameon=False, fontsize=8)
         middle, low, high = np.array([row["batch_ms"] for row in rows]).T
@@ -217,7 +217,7 @@ def draw(content: dict[str, Any], picture: Path) -> None:
         memory.set_title("memory of the process, MB", fontsize=10)
         for axis in axes:
             axis.set(xscale="log", xlabel="scans without masks")
-            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+            axis.set_ylim(min(0, axis.get_ylim()[0]), 1.1 * axis.get_ylim()[1])
             axis.spines[["top", "right"]].set_visible(False)
         figure.savefig(picture, dpi=110)
         plt.close(figure)

@@ -489,7 +489,7 @@ def draw(content: dict[str, Any], picture: Path) -> None:
         gpu = content["hardware"]["gpu"]
         figure.suptitle(
             f"{content['dims']}, {content['batch']} patches of {size}, "
-            f"{gpu or 'one thread of a ' + content['hardware']['cpu']}",
+            f"{gpu or content['hardware']['cpu'] + ', one thread'}",
             fontsize=10,
         )
         figure.savefig(picture, dpi=110)
