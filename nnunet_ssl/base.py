@@ -3,7 +3,7 @@
 import json
 import math
 import typing
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -690,7 +690,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @torch.no_grad()
     def track_agreement(self, output: Any, pseudo_label: Tensor, counted: Tensor) -> None:
         """Log the share of counted voxels at which student and pseudo-label agree."""
-        student = hard_labels(to_prob(full_res(output), self.regions), self.regions)
+        logits = full_res(output)
+        student = logits > 0 if self.regions else hard_labels(logits, regions=False)
         counted = counted.bool().expand_as(student)
         agreed = ((student == pseudo_label) & counted).sum()
         # NaN, so missing, where none counts
@@ -929,6 +930,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def on_epoch_end(self) -> None:
         """Write the log, then nnU-Net's checkpoints."""
         epoch = self.current_epoch
+        everywhere = gather(self._patches)
+        patches = {stream: sum(p[stream] for p in everywhere) for stream in self._patches}
         record = {
             "epoch": epoch,
             "progress": self.progress,
@@ -939,7 +942,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "shares": {},
             "pseudo_dice": self._pseudo_dice,
             "drift": self.measure_drift(),
-            "patches": dict(sum(map(Counter, gather(self._patches)), Counter())),
+            "patches": patches,
             "steps_without_pseudo": self._dropped_pseudo,
             "steps_left_out": self._skipped_steps,
         }

@@ -182,12 +182,12 @@ class SSLTrainer(SemiSupervisedTrainer):
         if weight == 0:
             yield {"sup": self.loss(self.student(batch.x_l), batch.y_l)}
             return
-        brake = self.companions["brake"]
-        self.track("brake", brake.value())
+        brake = self.companions["brake"].value()
+        self.track("brake", brake)
         x, pseudo_label, counted, valid = self.strong_view(
             batch.x_u, pseudo_label, counted, batch.valid_u
         )
-        weight = weight * brake.value()
+        weight = weight * brake
         # Deviates: normalised, where the sources add the terms, so that SGD keeps the twin's scale
         w_sup, w_pse = 1, weight
         if self.normalized:

@@ -161,10 +161,10 @@ def apply_flips(t: Tensor, flips: Tensor, axes: Sequence[int]) -> Tensor:
         raise ValueError(
             f"Flips {tuple(flips.shape)} do not fit {t.shape[0]} samples and {len(axes)} axes."
         )
-    flipped = []
-    for sample, row in zip(t, flips.tolist(), strict=True):
-        flipped.append(sample.flip([a + 1 for a, flip in zip(axes, row, strict=True) if flip]))
-    return torch.stack(flipped)
+    flips = flips.to(t.device, non_blocking=True).view(*flips.shape, *[1] * (t.ndim - 1))
+    for axis, flip in zip(axes, flips.unbind(1), strict=True):
+        t = torch.where(flip, t.flip(axis + 2), t)
+    return t
 
 
 def random_rot90(batch: int) -> Tensor:

@@ -1,6 +1,5 @@
 """Box exchange between two batches."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -38,18 +37,19 @@ def random_boxes(
     """
     if not 0 < low <= high <= 1:
         raise ValueError(f"Box sides must satisfy 0 < low <= high <= 1; got {low} and {high}.")
-    boxes: list[list[slice]] = []
-    for draw in torch.rand(1 if same else batch, len(spatial), 2, dtype=torch.float64).tolist():
-        box = []
-        for size, (u_side, u_position) in zip(spatial, draw, strict=True):
-            # 1e-6: 2/3 of 96 is 64 voxels, not 63.99
-            side = min(max(math.floor((low + (high - low) * u_side) * size + 1e-6), 1), size)
-            start = math.floor(u_position * (size - side + 1))
-            box.append(slice(start, start + side))
-        boxes.append(box)
-    inside = torch.zeros((batch, 1, *spatial), dtype=torch.bool, device=device)
-    for sample, box in zip(inside, boxes * batch if same else boxes, strict=True):
-        sample[0][tuple(box)] = True
+    draws = torch.rand(1 if same else batch, len(spatial), 2, dtype=torch.float64)
+    sizes = torch.tensor(spatial, dtype=torch.float64)
+    # 1e-6: 2/3 of 96 is 64 voxels, not 63.99
+    sides = ((low + (high - low) * draws[..., 0]) * sizes + 1e-6).floor().clamp_min(1)
+    sides = torch.minimum(sides, sizes)
+    starts = (draws[..., 1] * (sizes - sides + 1)).floor()
+    ends = torch.stack([starts, starts + sides]).long().expand(2, batch, -1)
+    ends = ends.to(device=device, non_blocking=True)
+    inside = torch.ones((batch, 1, *spatial), dtype=torch.bool, device=device)
+    for axis, size in enumerate(spatial):
+        place = torch.arange(size, device=device).view(-1, *[1] * (len(spatial) - 1 - axis))
+        first, end = ends[..., axis].view(2, batch, 1, *[1] * len(spatial))
+        inside &= (place >= first) & (place < end)
     return inside
 
 

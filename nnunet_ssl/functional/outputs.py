@@ -25,7 +25,8 @@ def hard_labels(prob: Tensor, regions: bool) -> Tensor:
         prob: (B, C, *), in [0, 1].
         regions: channels are independent regions.
     """
-    return prob > 0.5 if regions else prob.argmax(1, keepdim=True)
+    # argmax finds the same, on a CPU ten times as slowly
+    return prob > 0.5 if regions else prob.max(1, keepdim=True).indices
 
 
 def confidence(prob: Tensor, regions: bool) -> Tensor:
