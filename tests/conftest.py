@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from make_data import TOYS, make_raw_dataset, preprocess_toy
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
 
 from nnunet_ssl.naming import discovery_folder, resolve
 
@@ -77,7 +79,7 @@ def dataset_folder(root: Path, dataset: str) -> str:
 def make_trainer(nnunet, no_plots):
     """Return a function that makes a trainer as `nnUNetv2_train` does, in this process."""
 
-    def make(name, dataset="Toy", configuration=None, fold="all", short=True):
+    def make(name, dataset="Toy", configuration=None, fold="all", short=True, device="cpu"):
         base = Path(os.environ["nnUNet_preprocessed"]) / dataset_folder(nnunet, dataset)
         plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8"))
         plans["continue_training"] = False
@@ -89,7 +91,25 @@ def make_trainer(nnunet, no_plots):
             configuration,
             fold,
             json.loads((base / "dataset.json").read_text(encoding="utf-8")),
-            torch.device("cpu"),
+            torch.device(device),
         )
 
     return make
+
+
+@pytest.fixture
+def compile_on_cpu(monkeypatch):
+    """Return a function that switches `torch.compile` on where nnU-Net has none.
+
+    Networks are traced as on a GPU; the code that is generated there is not made.
+    """
+    compile_module, compile_function = nn.Module.compile, torch.compile
+
+    def switch_on():
+        monkeypatch.setattr(nn.Module, "compile", lambda m: compile_module(m, backend="aot_eager"))
+        monkeypatch.setattr(
+            torch, "compile", lambda f, **kw: compile_function(f, backend="aot_eager")
+        )
+        monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda trainer: True)
+
+    return switch_on

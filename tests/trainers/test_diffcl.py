@@ -447,17 +447,11 @@ def test_other_high_passes_train(high_pass, make_trainer):
 
 
 @pytest.mark.slow
-def test_compiled_networks_give_the_same_losses(make_trainer, monkeypatch):
-    found, compile_module, compile_function = [], nn.Module.compile, torch.compile
+def test_compiled_networks_give_the_same_losses(make_trainer, compile_on_cpu):
+    found = []
     for compiled in (False, True):
-        if compiled:  # traced as on a GPU; the code that is generated there is not looked at
-            monkeypatch.setattr(
-                nn.Module, "compile", lambda m: compile_module(m, backend="aot_eager")
-            )
-            monkeypatch.setattr(
-                torch, "compile", lambda f, **kw: compile_function(f, backend="aot_eager")
-            )
-            monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda trainer: True)
+        if compiled:
+            compile_on_cpu()
         trainer = start(make_trainer(FULL, "Toy", "2d"))
         batches = [next(trainer.dataloader_train) for _ in range(3)]
         torch.manual_seed(1)

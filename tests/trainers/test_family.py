@@ -87,6 +87,90 @@ def parameters(module):
     return [p.detach().clone() for p in module.parameters()]
 
 
+def widened(trainer):
+    """Give it nnU-Net's width and depth: what the network keeps outweighs what losses keep."""
+    arch = trainer.configuration_manager.configuration["architecture"]["arch_kwargs"]
+    arch["features_per_stage"] = [32, 64, 64]
+    arch["n_conv_per_stage"], arch["n_conv_per_stage_decoder"] = [2] * 3, [2] * 2
+    return trainer
+
+
+def assert_predicts_as_declared(trainer, atol=1e-6):
+    """Check the final checkpoint with nnU-Net's own predictor, and return it."""
+    folder = Path(trainer.output_folder)
+    saved = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    builder = nnUNetTrainer if trainer.deploys_stock else type(trainer)
+    assert saved["trainer_name"] == builder.__name__
+    stock = builder.build_network_architecture(
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        trainer.num_input_channels,
+        trainer.num_heads,
+        enable_deep_supervision=False,
+    )
+    stock.load_state_dict(saved["network_weights"], strict=True)
+    predictor = nnUNetPredictor(device=trainer.device, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder.parent), ("all",))
+    deployed = trainer.teacher if trainer.deploy == "teacher" else trainer.network
+    for key, value in deployed.state_dict().items():
+        assert torch.equal(predictor.network.state_dict()[key].cpu(), value.cpu())
+    size = 1, trainer.num_input_channels, *trainer.configuration_manager.patch_size
+    x = torch.randn(size, device=trainer.device)
+    with torch.no_grad():
+        predictor.network.load_state_dict(predictor.list_of_parameters[0])
+        predicted = predictor.network.to(x.device).eval()(x)
+        assert torch.allclose(predicted, full_res(deployed.eval()(x)), atol=atol)
+    return predictor
+
+
+def states(trainer):
+    """A copy of all that training changes: part -> name -> tensor."""
+    found = {m: getattr(trainer, m).state_dict() for m in ("network", "companions")}
+    for phase in trainer._phases:
+        state = phase.optimizer.state_dict()["state"]
+        found[f"optimizer {phase.name}"] = {
+            f"{k}.{name}": state[k][name] for k in state for name in state[k]
+        }
+    return {part: {k: v.detach().clone() for k, v in some.items()} for part, some in found.items()}
+
+
+def whole_and_continued(make, monkeypatch, second):
+    """Run one trainer to its end; kill another one after two epochs and continue it.
+
+    Args:
+        make: makes a trainer that saves every epoch.
+        second: results folder of the other one.
+
+    Returns:
+        Both after their last epoch, and the states with which the second one continued.
+    """
+    whole = make()
+    whole.run_training()
+
+    monkeypatch.setenv("nnUNet_results", str(second))
+    killed = make()
+
+    def kill(trainer_self):
+        raise KeyboardInterrupt
+
+    original = type(killed).on_epoch_start
+    monkeypatch.setattr(
+        type(killed), "on_epoch_start", lambda t: kill(t) if t.current_epoch == 2 else original(t)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        killed.run_training()
+    monkeypatch.setattr(type(killed), "on_epoch_start", original)
+    with open(Path(killed.output_folder) / "ssl_log.jsonl", "a") as f:
+        f.write('{"epoch": 2, "torn')
+
+    continued = make()
+    continued.load_checkpoint(str(Path(continued.output_folder) / "checkpoint_latest.pth"))
+    assert continued.current_epoch == 2
+    before = states(continued)
+    continued.run_training()
+    return whole, continued, before
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_stock_finder_finds_it_and_the_same_class_each_time(name, nnunet):
     found = recursive_find_trainer_class_by_name(f"{name}+seed=3")
@@ -214,65 +298,23 @@ def test_twin_steps_like_stock_nnunet(dataset, make_trainer):
 def test_checkpoint_predicts_as_declared(name, make_trainer, tmp_path):
     trainer = make_trainer(name)
     trainer.run_training()
-    folder = Path(trainer.output_folder)
-    saved = torch.load(folder / "checkpoint_final.pth", weights_only=False)
-    builder = nnUNetTrainer if trainer.deploys_stock else type(trainer)
-    assert saved["trainer_name"] == builder.__name__
-    stock = builder.build_network_architecture(
-        trainer.plans_manager,
-        trainer.configuration_manager,
-        trainer.num_input_channels,
-        trainer.num_heads,
-        enable_deep_supervision=False,
-    )
-    stock.load_state_dict(saved["network_weights"], strict=True)
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(folder.parent), ("all",))
-    deployed = trainer.teacher if trainer.deploy == "teacher" else trainer.network
-    for key, value in deployed.state_dict().items():
-        assert torch.equal(predictor.network.state_dict()[key], value)
-    x = torch.randn(1, trainer.num_input_channels, *trainer.configuration_manager.patch_size)
-    with torch.no_grad():
-        predictor.network.load_state_dict(predictor.list_of_parameters[0])
-        assert torch.allclose(predictor.network.eval()(x), full_res(deployed.eval()(x)), atol=1e-6)
+    assert_predicts_as_declared(trainer)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_after_two_epochs_and_continued_is_bit_exact(
     name, make_trainer, monkeypatch, tmp_path
 ):
-    whole = make_trainer(f"{name}{FULL.get(name, '')}+save_every=1")
-    whole.run_training()
+    def make():
+        return make_trainer(f"{name}{FULL.get(name, '')}+save_every=1")
 
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "second"))
-    killed = make_trainer(f"{name}{FULL.get(name, '')}+save_every=1")
-
-    def kill(trainer_self):
-        raise KeyboardInterrupt
-
-    original = type(killed).on_epoch_start
-    monkeypatch.setattr(
-        type(killed), "on_epoch_start", lambda t: kill(t) if t.current_epoch == 2 else original(t)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        killed.run_training()
-    monkeypatch.setattr(type(killed), "on_epoch_start", original)
-    with open(Path(killed.output_folder) / "ssl_log.jsonl", "a") as f:
-        f.write('{"epoch": 2, "torn')
-
-    continued = make_trainer(f"{name}{FULL.get(name, '')}+save_every=1")
-    continued.load_checkpoint(str(Path(continued.output_folder) / "checkpoint_latest.pth"))
-    assert continued.current_epoch == 2
-    continued.run_training()
-
-    for module in ("network", "companions"):
-        a, b = getattr(whole, module).state_dict(), getattr(continued, module).state_dict()
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[k], b[k]) for k in a), module
-    for p, q in zip(whole._phases, continued._phases, strict=True):
-        a, b = p.optimizer.state_dict()["state"], q.optimizer.state_dict()["state"]
-        assert a.keys() == b.keys() and all(a.values())
-        assert all(torch.equal(a[k][name], b[k][name]) for k in a for name in a[k])
+    whole, continued, _ = whole_and_continued(make, monkeypatch, tmp_path / "second")
+    a, b = (states(t) for t in (whole, continued))
+    assert a.keys() == b.keys()
+    for part in a:
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+    assert all(a[f"optimizer {phase.name}"] for phase in whole._phases)
     logs = [read_log(Path(t.output_folder) / "ssl_log.jsonl") for t in (whole, continued)]
     for a, b in zip(*logs, strict=True):
         a.pop("seconds"), b.pop("seconds")
@@ -329,11 +371,7 @@ def test_masks_of_unlabeled_cases_do_not_exist_and_are_not_asked_for(
 @pytest.mark.parametrize("name", SEMI)
 def test_memory_stays_near_what_is_declared(name, make_trainer):
     def peak(trainer):
-        # nnU-Net's width and depth: what the network keeps outweighs what losses keep
-        arch = trainer.configuration_manager.configuration["architecture"]["arch_kwargs"]
-        arch["features_per_stage"] = [32, 64, 64]
-        arch["n_conv_per_stage"], arch["n_conv_per_stage_decoder"] = [2] * 3, [2] * 2
-        start(trainer)
+        start(widened(trainer))
         batch = next(trainer.dataloader_train)
         with KeptBytes(trainer.network, trainer.companions) as kept:
             for _ in range(3):
