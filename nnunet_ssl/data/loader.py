@@ -68,7 +68,7 @@ class PatchLoader(nnUNetDataLoader):
             probabilistic_oversampling=probabilistic_oversampling,
             transforms=self._transform,
         )
-        self.indices = np.array(self.indices)  # a list would be converted in each draw
+        self.indices = np.array(data.identifiers)  # a list would be converted in each draw
         self.pipeline = pipeline
         self.meta = tuple(meta)
         self.table = table or {}
