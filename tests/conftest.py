@@ -1,29 +1,15 @@
 """Toy data sets, and trainers on them, for all tests."""
 
-import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from make_data import TOYS, make_raw_dataset, preprocess_toy
+from make_trainers import FOLDERS, new_trainer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from nnunet_ssl.naming import discovery_folder, resolve
-
-FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-SHORT = "+num_epochs=4+num_iterations_per_epoch=2+num_val_iterations_per_epoch=1+seed=1"
-
-
-# What a trainer needs to run on toy data without a network, unless its name says otherwise.
-NEEDED = {"SSLTrainerMN": {"weights": "random", "backbone": "pvt_v2_b0", "turn": "1"}}
-
-
-def with_needed(name: str) -> str:
-    base, *pairs = name.split("+")
-    missing = {k: v for k, v in NEEDED.get(base, {}).items() if f"+{k}=" not in name}
-    return "+".join([base, *pairs, *(f"{k}={v}" for k, v in missing.items())])
+from nnunet_ssl.naming import discovery_folder
 
 
 def pytest_addoption(parser):
@@ -71,30 +57,11 @@ def no_plots(monkeypatch):
     )
 
 
-def dataset_folder(root: Path, dataset: str) -> str:
-    return f"Dataset{TOYS[dataset]['dataset_id']}_{dataset}"
-
-
 @pytest.fixture
 def make_trainer(nnunet, no_plots):
     """Return a function that makes a trainer as `nnUNetv2_train` does, in this process."""
 
-    def make(name, dataset="Toy", configuration=None, fold="all", short=True, device="cpu"):
-        base = Path(os.environ["nnUNet_preprocessed"]) / dataset_folder(nnunet, dataset)
-        plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8"))
-        plans["continue_training"] = False
-        name = with_needed(name)
-        trainer_class = resolve(name + SHORT) if short else resolve(name)
-        configuration = configuration or ("3d_fullres" if "3d" in trainer_class.dims else "2d")
-        return trainer_class(
-            plans,
-            configuration,
-            fold,
-            json.loads((base / "dataset.json").read_text(encoding="utf-8")),
-            torch.device(device),
-        )
-
-    return make
+    return new_trainer
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import with_needed
+from make_trainers import with_needed
 from test_family import (
     FULL,
     NAMES,

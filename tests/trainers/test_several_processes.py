@@ -1,6 +1,5 @@
 """Training by two processes: the same as one process with the joint batch. Gloo, on the CPU."""
 
-import json
 import os
 from copy import deepcopy
 from pathlib import Path
@@ -9,13 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import FOLDERS, SHORT, dataset_folder
+from make_trainers import FOLDERS, new_trainer
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import gather, joint_sum, shared_count
 from nnunet_ssl.history import LOG_NAME, History, read_log
-from nnunet_ssl.naming import resolve
 
 PROCESSES = 2
 # halves of a batch of 4: what is mixed in each half is what is mixed in the whole
@@ -31,18 +29,7 @@ CASES = {
     "cps": ("SSLTrainerCPS+unsup_loss=ce_dice", "Toy", "2d"),
     "medl": ("SSLTrainerMEDL", "Toy", "2d"),
 }
-WHOLE = "SSLTrainer+save_every=1+warmup=0.5+rampup_end=0.5" + SHORT
-
-
-def make(name: str, dataset: str, configuration: str, batch: int = 4):
-    """Make a trainer as `nnUNetv2_train` does in each of its processes."""
-    root = Path(os.environ["nnUNet_preprocessed"]).parent
-    base = root / "nnUNet_preprocessed" / dataset_folder(root, dataset)
-    plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8"))
-    plans["continue_training"] = False
-    plans["configurations"][configuration]["batch_size"] = batch
-    dataset_json = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
-    return resolve(name)(plans, configuration, "all", dataset_json, torch.device("cpu"))
+WHOLE = "SSLTrainer+save_every=1+warmup=0.5+rampup_end=0.5"
 
 
 def part_of(batch, samples: list[int]):
@@ -88,7 +75,7 @@ def without_chance(trainer) -> None:
 def train_on(batches: list[dict], key: str) -> dict:
     """Run some steps in the last part of a training; return what all processes must share."""
     name, dataset, configuration = CASES[key]
-    trainer = make(name + SHORT, dataset, configuration)
+    trainer = new_trainer(name, dataset, configuration, batch=4)
     trainer.initialize()
     trainer.start_companions()
     trainer.step = 6  # of 8
@@ -136,7 +123,7 @@ def refusals() -> dict[str, str]:
     ):
         before = set(Path(os.environ["nnUNet_results"]).rglob("*"))
         with pytest.raises((NotImplementedError, UserError)) as caught:
-            make(name, "Toy", "2d", batch)
+            new_trainer(name, configuration="2d", batch=batch)
         said[key] = str(caught.value)
         assert set(Path(os.environ["nnUNet_results"]).rglob("*")) == before
     return said
@@ -147,7 +134,7 @@ def whole_training(folder: Path) -> dict:
     finals = []
     for kill in (False, True):
         os.environ["nnUNet_results"] = str(folder / f"results_{kill}")
-        trainer = make(WHOLE, "Toy", "2d")
+        trainer = new_trainer(WHOLE, configuration="2d", batch=4)
         if kill:
             start_epoch = trainer.on_epoch_start
 
@@ -160,7 +147,7 @@ def whole_training(folder: Path) -> dict:
             with pytest.raises(KeyboardInterrupt):
                 trainer.run_training()
             gather(None)  # the first process has written its checkpoint
-            trainer = make(WHOLE, "Toy", "2d")
+            trainer = new_trainer(WHOLE, configuration="2d", batch=4)
             trainer.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
         trainer.run_training()
         finals.append(
@@ -182,7 +169,7 @@ def results(toy_root, tmp_path_factory) -> tuple[dict, list[dict]]:
         patch.setenv("OMP_NUM_THREADS", "1")
         alone = {}
         for key, (name, dataset, configuration) in CASES.items():
-            trainer = make(name + SHORT, dataset, configuration)
+            trainer = new_trainer(name, dataset, configuration, batch=4)
             trainer.initialize()
             trainer.current_epoch = 3  # unlabelled patches are loaded by then
             loader, _ = trainer.get_dataloaders()

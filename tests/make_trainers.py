@@ -1,0 +1,40 @@
+"""Trainers on toy data sets, made as `nnUNetv2_train` does, but in this process."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from make_data import TOYS
+
+from nnunet_ssl.naming import resolve
+
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+SHORT = "+num_epochs=4+num_iterations_per_epoch=2+num_val_iterations_per_epoch=1+seed=1"
+
+# What a trainer needs to run on toy data without a network, unless its name says otherwise.
+NEEDED = {"SSLTrainerMN": {"weights": "random", "backbone": "pvt_v2_b0", "turn": "1"}}
+
+
+def with_needed(name: str) -> str:
+    base, *pairs = name.split("+")
+    missing = {k: v for k, v in NEEDED.get(base, {}).items() if f"+{k}=" not in name}
+    return "+".join([base, *pairs, *(f"{k}={v}" for k, v in missing.items())])
+
+
+def dataset_folder(dataset: str) -> str:
+    return f"Dataset{TOYS[dataset]['dataset_id']}_{dataset}"
+
+
+def new_trainer(name, dataset="Toy", configuration=None, fold="all", short=True, batch=None):
+    """Make a trainer; the folders of nnU-Net are set. `batch` is another batch size."""
+    base = Path(os.environ["nnUNet_preprocessed"]) / dataset_folder(dataset)
+    plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    plans["continue_training"] = False
+    name = with_needed(name)
+    trainer_class = resolve(name + SHORT) if short else resolve(name)
+    configuration = configuration or ("3d_fullres" if "3d" in trainer_class.dims else "2d")
+    if batch is not None:
+        plans["configurations"][configuration]["batch_size"] = batch
+    dataset_json = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
+    return trainer_class(plans, configuration, fold, dataset_json, torch.device("cpu"))
