@@ -123,7 +123,7 @@ def refusals() -> dict[str, str]:
     ):
         before = set(Path(os.environ["nnUNet_results"]).rglob("*"))
         with pytest.raises((NotImplementedError, UserError)) as caught:
-            new_trainer(name, configuration="2d", batch=batch)
+            new_trainer(name, configuration="2d", short=False, batch=batch)
         said[key] = str(caught.value)
         assert set(Path(os.environ["nnUNet_results"]).rglob("*")) == before
     return said
