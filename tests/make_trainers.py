@@ -26,7 +26,9 @@ def dataset_folder(dataset: str) -> str:
     return f"Dataset{TOYS[dataset]['dataset_id']}_{dataset}"
 
 
-def new_trainer(name, dataset="Toy", configuration=None, fold="all", short=True, batch=None):
+def new_trainer(
+    name, dataset="Toy", configuration=None, fold="all", short=True, device="cpu", batch=None
+):
     """Make a trainer; the folders of nnU-Net are set. `batch` is another batch size."""
     base = Path(os.environ["nnUNet_preprocessed"]) / dataset_folder(dataset)
     plans = json.loads((base / "nnUNetPlans.json").read_text(encoding="utf-8"))
@@ -37,4 +39,4 @@ def new_trainer(name, dataset="Toy", configuration=None, fold="all", short=True,
     if batch is not None:
         plans["configurations"][configuration]["batch_size"] = batch
     dataset_json = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
-    return trainer_class(plans, configuration, fold, dataset_json, torch.device("cpu"))
+    return trainer_class(plans, configuration, fold, dataset_json, torch.device(device))

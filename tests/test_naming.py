@@ -149,7 +149,7 @@ def test_pairs_must_read_key_value_once(pairs):
         ("unsup_weight=-1.0", "0 or more"),
         ("brake_floor=0.0", "above 0"),
         ("warmup=1.0", "in [0, 1)"),
-        ("rampup_end=0.05", "between warmup and 1"),
+        ("rampup_end=0.05", "between warmup and 1, here from 0.1"),
     ],
 )
 def test_values_out_of_range(setting, rule):

@@ -1,7 +1,7 @@
 """The default."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -22,30 +22,24 @@ from nnunet_ssl.functional import (
     to_prob,
 )
 from nnunet_ssl.history import mean_of
-from nnunet_ssl.modules import (
-    ClassBrake,
-    ClassThresholds,
-    DriftGauge,
-    confirmed_for,
-    dropout_factors,
-    perturbed_forward,
-)
+from nnunet_ssl.modules import ClassBrake, ClassThresholds, DriftGauge, confirmed_for
+
+LEAST_WARMUP = 1000  # steps
 
 
 class SSLTrainer(SemiSupervisedTrainer):
-    """The default: sure pseudo-labels of an EMA teacher on one strong view, with box exchange.
+    """The default: sure pseudo-labels of an EMA teacher on one strong view.
 
     Made of published parts: weak-to-strong pseudo-labels (FixMatch, arXiv:2001.07685; UniMatch,
-    arXiv:2208.09910), an EMA teacher (Mean Teacher, arXiv:1703.01780), exchange of boxes between
-    labelled and unlabelled patches (BCP, arXiv:2305.00673). For N steps, s = step / N:
+    arXiv:2208.09910) and an EMA teacher (Mean Teacher, arXiv:1703.01780). For N steps, s = step / N
+    and s_0 = max(.1, min(1000 / N, .4)):
 
-        lam = 0 for s < .1, sigmoid ramp to s = .3, then 1
+        lam = 0 for s < s_0, sigmoid ramp to s_0 + .2, then 1
         p = softmax(teacher(weak(u)));  y = argmax p                             no gradient
         counted = max p >= tau_y,  tau_k keeps the surest 80 % of class k, within [.6, .95]
         x = flip(intensity(weak(u)));  y and counted flipped alike
-        in half of the steps labelled patch i and x_i swap one box
-        L = (sup + lam b pse) / (1 + lam b)
-            sup  nnU-Net's loss over true voxels
+        L = sup + lam b pse
+            sup  nnU-Net's loss
             pse  counted CE / #pseudo-labelled voxels + Dice over counted voxels
         b = 1, less if the teacher loses a class (always 1 with the ignore label)
         teacher <- a teacher + (1 - a) student
@@ -55,15 +49,18 @@ class SSLTrainer(SemiSupervisedTrainer):
 
     Without unlabelled weight (lam = 0) the step is the twin's, exactly.
 
-    Deviates from those sources: exchange in half of the steps only, since test images are not
-    mixed; class-relative thresholds; a normalised sum, so that SGD keeps the twin's scale; true
-    and pseudo-labelled voxels are normalised apart. Unlabelled patches are drawn uniformly also
-    where a patch holds little of a case. Padding of labelled patches counts as background, as in
-    nnU-Net; padding of unlabelled ones does not count.
+    With `exchange_probability=q` labelled patch i and x_i swap one box in so many of the steps, as
+    in BCP (arXiv:2305.00673) in all of them; true and pseudo-labelled voxels are then normalised
+    apart. It cost accuracy where it was measured.
+
+    Deviates from those sources: class-relative thresholds; the first part of training is supervised
+    only. Unlabelled patches are drawn uniformly also where a patch holds little of a case. Padding
+    of labelled patches counts as background, as in nnU-Net; padding of unlabelled ones does not
+    count.
     """
 
     method: ClassVar[str] = "default of nnunet_ssl"
-    paper: ClassVar[str] = "parts of FixMatch, UniMatch, Mean Teacher and BCP"
+    paper: ClassVar[str] = "parts of FixMatch, UniMatch and Mean Teacher"
     needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
@@ -71,16 +68,16 @@ class SSLTrainer(SemiSupervisedTrainer):
     step_cost: ClassVar[float] = 7 / 3
 
     unsup_weight: float = 1.0  # lambda, after the ramp-up
-    normalized: bool = True  # divide the loss by 1 + lam b
-    warmup: float = 0.1  # fraction of training on labelled scans only
-    rampup_end: float = 0.3  # fraction of training from which the full weight holds
-    exchange_probability: float = 0.5  # q, of a step with box exchange
+    normalized: bool = False  # divide the loss by 1 + lam b
+    # fractions of training: on labelled scans only, and from which the full weight holds; `ramp`
+    warmup: float | Literal["auto"] = "auto"
+    rampup_end: float | Literal["auto"] = "auto"
+    exchange_probability: float = 0.0  # q, of a step in which patches swap boxes
     box_low: float = 0.5  # smallest and
     box_high: float = 0.8  # largest side of a box, as a fraction of the patch
     threshold_low: float = 0.6  # limits of
     threshold_high: float = 0.95  # tau_k
     threshold_drop: float = 0.2  # share of each class that may be left out as unsure
-    channel_dropout: float = 0.0  # probability of an encoder channel to be dropped, strong view
     brake_floor: float = 0.2  # share of its true volume under which a lost class brakes
 
     @classmethod
@@ -89,13 +86,30 @@ class SSLTrainer(SemiSupervisedTrainer):
         super().check_settings()
         shares = "in [0, 1], low limits not above high ones"
         cls.require(cls.unsup_weight >= 0, "unsup_weight", "0 or more")
-        cls.require(0 <= cls.warmup < 1, "warmup", "in [0, 1)")
-        cls.require(cls.warmup <= cls.rampup_end <= 1, "rampup_end", "between warmup and 1")
+        start, end = cls.ramp()
+        cls.require(0 <= start < 1, "warmup", "auto or in [0, 1)")
+        rule = f"auto or between warmup and 1, here from {start:g}"
+        cls.require(start <= end <= 1, "rampup_end", rule)
         cls.require(0 <= cls.exchange_probability <= 1, "exchange_probability", "in [0, 1]")
         cls.require(0 < cls.box_low <= cls.box_high <= 1, "box_low", shares + " and above 0")
         cls.require(0 <= cls.threshold_low <= cls.threshold_high <= 1, "threshold_low", shares)
         cls.require(0 <= cls.threshold_drop < 1, "threshold_drop", "in [0, 1)")
         cls.require(cls.brake_floor > 0, "brake_floor", "above 0")
+
+    @classmethod
+    def ramp(cls) -> tuple[float, float]:
+        """Return at which fractions of training unlabelled patches begin to count, and count fully.
+
+        "auto" is a tenth of training, or 1000 steps if that is more, but not over 40 %: before,
+        the teacher has little to teach. Then the weight takes a fifth of training to rise.
+        """
+        start, end = cls.warmup, cls.rampup_end
+        if start == "auto":
+            steps = cls.num_epochs * cls.num_iterations_per_epoch
+            start = max(0.1, min(LEAST_WARMUP / steps, 0.4))
+        if end == "auto":
+            end = min(start + 0.2, 1)
+        return float(start), float(end)
 
     def build_companions(self) -> dict[str, nn.Module]:
         """Return what remembers confidences and class volumes."""
@@ -113,7 +127,7 @@ class SSLTrainer(SemiSupervisedTrainer):
 
     def needs_unlabeled(self, progress: float) -> bool:
         """Load them a little before they count, so that thresholds know the teacher by then."""
-        return progress > 0.8 * self.warmup
+        return progress > 0.8 * self.ramp()[0]
 
     def after_step(self, observed: dict[str, list[Tensor]]) -> None:
         """Move teacher, thresholds and class volumes."""
@@ -163,7 +177,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         records = [r for r in self._history.records if r.get("drift")]
         records.append({"progress": self.progress, "drift": measured})
         values = [[mean_of(r["drift"][n]) for r in records] for n in ("coverage", "agreement")]
-        ramped = sum(r["progress"] > self.rampup_end for r in records)
+        ramped = sum(r["progress"] > self.ramp()[1] for r in records)
         streak = min(confirmed_for(*values), ramped)
         if streak == 1 or (streak and streak % 50 == 0):
             self.print_to_log_file(
@@ -175,7 +189,7 @@ class SSLTrainer(SemiSupervisedTrainer):
 
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the loss of the labelled chunk, then of the unlabelled one."""
-        weight = self.unsup_weight * rampup_between(self.progress, self.warmup, self.rampup_end)
+        weight = self.unsup_weight * rampup_between(self.progress, *self.ramp())
         self.track("weight", weight)
         if batch.x_u is not None:  # a little before they count, too
             pseudo_label, counted = self.label(batch)
@@ -188,14 +202,12 @@ class SSLTrainer(SemiSupervisedTrainer):
             batch.x_u, pseudo_label, counted, batch.valid_u
         )
         weight = weight * brake
-        # Deviates: normalised, where the sources add the terms, so that SGD keeps the twin's scale
         w_sup, w_pse = 1, weight
-        if self.normalized:
+        if self.normalized:  # SGD keeps the twin's scale
             w_sup, w_pse = 1 / (1 + weight), weight / (1 + weight)
-        # Deviates: BCP mixes in every step; test images are not mixed
-        if self.draw() >= self.exchange_probability:
+        if self.exchange_probability == 0 or self.draw() >= self.exchange_probability:
             yield {"sup": w_sup * self.loss(self.student(batch.x_l), batch.y_l)}
-            output = self.perturbed(x)
+            output = self.student(x)
             self.track_agreement(output, pseudo_label, counted)
             yield {"unsup": w_pse * self.pseudo_loss(output, pseudo_label, counted, valid)}
             return
@@ -212,13 +224,6 @@ class SSLTrainer(SemiSupervisedTrainer):
             del output, sup, pse  # nothing of this chunk stays while the next one is built
             yield terms
             del terms
-
-    def perturbed(self, x: Tensor) -> Any:
-        """Return the student's output with channels of its encoder dropped."""
-        if self.channel_dropout == 0:
-            return self.student(x)
-        factors = dropout_factors(self.student, x, self.channel_dropout)
-        return perturbed_forward(self.student, x, factors, clean=False)[0]
 
     def label(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the teacher's decisions on the weak view and which of them count.

@@ -27,7 +27,8 @@ FULL = {
     "SSLTrainerC3S3": "+rampup=0",
     "SSLTrainerMEDL": "+rampup=0",
     "SSLTrainerDiffCL": "+rampup=0+warmup=0+ddim_steps=2",
-    "SSLTrainer": "+warmup=0+rampup_end=0+threshold_low=0+threshold_high=0",
+    "SSLTrainer": "+warmup=0+rampup_end=0+threshold_low=0+threshold_high=0"
+    "+exchange_probability=0.5",
     "SSLTrainerMeanTeacher": "+rampup=0",
     "SSLTrainerFixMatch": "+warmup=0+threshold=0",
     "SSLTrainerBCP": "+pretrain=0",

@@ -19,8 +19,8 @@ PROCESSES = 2
 # halves of a batch of 4: what is mixed in each half is what is mixed in the whole
 HALVES = [0, 3], [1, 2]
 CASES = {
-    "default": ("SSLTrainer+threshold_low=0", "Toy", "2d"),
-    "default3d": ("SSLTrainer+threshold_low=0", "Toy", "3d_fullres"),
+    "default": ("SSLTrainer+threshold_low=0+exchange_probability=0.5", "Toy", "2d"),
+    "default3d": ("SSLTrainer+threshold_low=0+exchange_probability=0.5", "Toy", "3d_fullres"),
     "regions": ("SSLTrainer+threshold_low=0+exchange_probability=1", "RegionsIgnore", "2d"),
     "mean_teacher": ("SSLTrainerMeanTeacher", "Toy", "2d"),
     "fixmatch": ("SSLTrainerFixMatch+threshold=0.4", "Toy", "2d"),
