@@ -9,6 +9,7 @@ from nnunet_ssl.history import LOG_NAME, read_log
 
 LAST_EPOCHS = 5
 LOST = 0.01  # pseudo-Dice up to which a class counts as lost
+MOST_UNSURE = 0.5  # share of a case's foreground, as any of the masks has it
 
 
 def collapse_of(fold: Path, classes: Sequence[str], true_volumes: bool) -> str | None:
@@ -67,7 +68,7 @@ def choose(
     """Return by case why training does not get its pseudo-label; None if it does.
 
     Out are cases that could not be read, that lack a class which all annotated cases have, that a
-    check of the anatomy refuses, and the least stable share. At least one case stays without mask,
+    check of the anatomy refuses, of which more is unsure than sure, and the least stable share. At least one case stays without mask,
     for the online teacher.
 
     Args:
@@ -88,6 +89,8 @@ def choose(
             reason: str | None = f"no {missing[0]}, which every annotated case has"
         elif row["implausible"]:
             reason = row["implausible"]
+        elif row["unsure"] > MOST_UNSURE:
+            reason = f"more of it is unsure than sure: {100 * row['unsure']:.0f} %"
         elif row["case"] in least:
             reason = f"among the least stable {100 * drop:g} %"
         else:

@@ -47,18 +47,21 @@ def test_a_class_that_only_one_shows_has_no_agreement():
 
 
 def row(case, value, voxels=5, **more):
-    return {"case": case, "stability": value, "voxels": {"a": voxels}, "implausible": None} | more
+    sure = {"unsure": 0.5, "implausible": None}
+    return {"case": case, "stability": value, "voxels": {"a": voxels}} | sure | more
 
 
 def test_who_is_chosen():
     rows = [row(f"c{k}", k / 10) for k in range(10)]
     rows[9] = row("c9", 0.9, voxels=0)
     rows[8]["implausible"] = "a is no ellipse"
+    rows[7]["unsure"] = 0.51
     rows.append({"case": "bad", "error": "cut short"})
     reasons = choose(rows, ["a"], 0.2)
-    assert [c for c, why in reasons.items() if why is None] == [f"c{k}" for k in range(2, 8)]
+    assert [c for c, why in reasons.items() if why is None] == [f"c{k}" for k in range(2, 7)]
     assert reasons["c0"] == reasons["c1"] == "among the least stable 20 %"
     assert reasons["c9"] == "no a, which every annotated case has"
+    assert reasons["c7"] == "more of it is unsure than sure: 51 %"
     assert reasons["c8"] == "a is no ellipse" and reasons["bad"] == "cannot be read: cut short"
     assert choose(rows, [], 0.2)["c9"] is None  # some annotated cases lack it, too
 
