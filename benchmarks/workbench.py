@@ -18,8 +18,8 @@ from nnunet_ssl.planning.small import shrink_plans
 REPOSITORY = Path(__file__).parents[1]
 sys.path += [str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "trainers")]
 
-from conftest import FOLDERS, with_needed  # noqa: E402 - tests are no package
 from make_data import make_raw_dataset, preprocess_toy  # noqa: E402
+from make_trainers import FOLDERS, with_needed  # noqa: E402 - tests are no package
 from test_family import FULL, TAUGHT, start, taught  # noqa: E402
 
 __all__ = ["FULL", "TAUGHT", "start", "taught"]

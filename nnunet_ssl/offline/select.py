@@ -68,8 +68,8 @@ def choose(
     """Return by case why training does not get its pseudo-label; None if it does.
 
     Out are cases that could not be read, that lack a class which all annotated cases have, that a
-    check of the anatomy refuses, of which more is unsure than sure, and the least stable share. At least one case stays without mask,
-    for the online teacher.
+    check of the anatomy refuses, of which more is unsure than sure, and the least stable share. At
+    least one case stays without mask, for the online teacher.
 
     Args:
         rows: of `predict.read_rows`.

@@ -1,6 +1,7 @@
 """Training by two processes: the same as one process with the joint batch. Gloo, on the CPU."""
 
 import os
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def part_of(batch, samples: list[int]):
     return batch[samples]
 
 
-def without_chance(trainer) -> None:
+def without_chance(trainer, patch: pytest.MonkeyPatch) -> None:
     """Replace what is drawn by what is the same for a batch and its halves."""
 
     def boxes(batch, spatial, *args, **kwargs):
@@ -55,11 +56,9 @@ def without_chance(trainer) -> None:
         first = torch.arange(len(inside)) < len(inside) // 2
         return inside == first.view(-1, *[1] * (inside.ndim - 1))
 
-    module = __import__(type(trainer).__mro__[1].__module__, fromlist=["random_boxes"])
-    if hasattr(module, "random_boxes"):
-        module.random_boxes = boxes
-    if hasattr(module, "add_noise"):
-        module.add_noise = lambda x, *args: x
+    module = sys.modules[type(trainer).__mro__[1].__module__]
+    patch.setattr(module, "random_boxes", boxes, raising=False)
+    patch.setattr(module, "add_noise", lambda x, *args: x, raising=False)
     trainer.strong_intensity = lambda x, valid: x
     trainer.strong_view = lambda *tensors: tensors
     trainer.draw = lambda: float(trainer.step % 2)  # both branches
@@ -79,11 +78,12 @@ def train_on(batches: list[dict], key: str) -> dict:
     trainer.initialize()
     trainer.start_companions()
     trainer.step = 6  # of 8
-    without_chance(trainer)
     start = deepcopy(trainer.network.state_dict())
-    for batch in batches:
-        trainer.train_step(batch)
-        trainer.step = 7
+    with pytest.MonkeyPatch.context() as patch:
+        without_chance(trainer, patch)
+        for batch in batches:
+            trainer.train_step(batch)
+            trainer.step = 7
     return {
         "start": start,
         "student": trainer.network.state_dict(),
