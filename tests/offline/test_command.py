@@ -392,6 +392,8 @@ def test_the_page(own, segmenting, trainings, tmp_path):
 def test_the_command_with_real_trainings(own, monkeypatch):
     from nnunet_ssl.cli import main
 
+    # a toy model is sure of nothing
+    monkeypatch.setattr("nnunet_ssl.offline.select.MOST_UNSURE", 1)
     model = make_model(own, "Dataset901_Toy")
     words = ["pseudo_label", "-d", "901", "-c", "2d", "-o", "950", "--rounds", "1"]
     words += ["-tr", TRAINER, "-device", "cpu", "--parts", "2", "--model", str(model)]
