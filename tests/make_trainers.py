@@ -7,13 +7,18 @@ from pathlib import Path
 import torch
 from make_data import TOYS
 
+from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.naming import resolve
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 SHORT = "+num_epochs=4+num_iterations_per_epoch=2+num_val_iterations_per_epoch=1+seed=1"
 
 # What a trainer needs to run on toy data without a network, unless its name says otherwise.
-NEEDED = {"SSLTrainerMN": {"weights": "random", "backbone": "pvt_v2_b0", "turn": "1"}}
+NEEDED = {
+    # a few steps teach nothing: unlabelled patches would never count
+    "SSLTrainer": {"ready_low": "0", "ready_high": "0"},
+    "SSLTrainerMN": {"weights": "random", "backbone": "pvt_v2_b0", "turn": "1"},
+}
 
 
 def with_needed(name: str) -> str:
@@ -40,3 +45,20 @@ def new_trainer(
         plans["configurations"][configuration]["batch_size"] = batch
     dataset_json = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
     return trainer_class(plans, configuration, fold, dataset_json, torch.device(device))
+
+
+def start(trainer):
+    """Do what comes before the first step."""
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def next_batch(trainer):
+    return Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+
+
+def values(yields):
+    """The terms that `losses` yields, as numbers."""
+    return {k: v.item() for terms in yields for k, v in terms.items()}

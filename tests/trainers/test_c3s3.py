@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 import torch
+from make_trainers import next_batch, start
 from torch.nn.functional import normalize
 
-from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import (
     competition_loss,
@@ -21,17 +21,6 @@ from nnunet_ssl.trainers import SSLTrainerC3S3 as Trainer
 
 NAME = "SSLTrainerC3S3+contrast_samples=200"
 MODULE = __import__(Trainer.__module__, fromlist=["draw_places"])
-
-
-def start(trainer):
-    trainer.on_train_start()
-    trainer.on_epoch_start()
-    trainer.on_train_epoch_start()
-    return trainer
-
-
-def next_batch(trainer):
-    return Batch.from_loader(next(trainer.dataloader_train), trainer.device)
 
 
 def modules(trainer):

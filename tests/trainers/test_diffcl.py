@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_trainers import next_batch, start, values
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
@@ -28,24 +29,9 @@ FULL = "SSLTrainerDiffCL+rampup=0+warmup=0+ddim_steps=3"
 DATASETS = ("Toy", "Regions", "Ignore", "RegionsIgnore")
 
 
-def start(trainer):
-    trainer.on_train_start()
-    trainer.on_epoch_start()
-    trainer.on_train_epoch_start()
-    return trainer
-
-
-def next_batch(trainer):
-    return Batch.from_loader(next(trainer.dataloader_train), trainer.device)
-
-
 def all_losses(trainer, batch):
     for phase in trainer._phases:
         yield from phase.losses(batch)
-
-
-def values(yields):
-    return {k: v.item() for terms in yields for k, v in terms.items()}
 
 
 def with_bank(trainer):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from make_data import TOYS
+from make_trainers import start
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -58,13 +59,6 @@ TAUGHT = {"SSLTrainerERSR": 100, "SSLTrainerDiffCL": 30}
 DECLARED = {"SSLTrainerMN": "+backbone=pvt_v2_b2+tuning=lora"}
 # features of some steps are remembered before a full one: terms that need a memory
 REMEMBERING = {"SSLTrainerDiffCL"}
-
-
-def start(trainer):
-    trainer.on_train_start()
-    trainer.on_epoch_start()
-    trainer.on_train_epoch_start()
-    return trainer
 
 
 def taught(trainer, steps):

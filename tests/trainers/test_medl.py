@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from make_trainers import next_batch, start, values
 from torch import nn
 
-from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import (
     curriculum_weight,
@@ -18,26 +18,11 @@ from nnunet_ssl.functional import (
 NAME = "SSLTrainerMEDL+rampup=0"
 
 
-def start(trainer):
-    trainer.on_train_start()
-    trainer.on_epoch_start()
-    trainer.on_train_epoch_start()
-    return trainer
-
-
-def next_batch(trainer):
-    return Batch.from_loader(next(trainer.dataloader_train), trainer.device)
-
-
 def gradients(trainer, yields):
     trainer.network.zero_grad()
     for terms in yields:
         sum(terms.values()).backward()
     return {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
-
-
-def values(yields):
-    return {k: v.item() for terms in yields for k, v in terms.items()}
 
 
 class Logits(nn.Module):

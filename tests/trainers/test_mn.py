@@ -5,26 +5,15 @@ import math
 import pytest
 import timm
 import torch
+from make_trainers import next_batch, start
 from torch import nn
 from torch.nn.functional import one_hot
 
-from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import full_res, soft_target_dice_loss, soft_target_kl
 from nnunet_ssl.modules import backbones
 
 FULL = "SSLTrainerMN+supervised=0+turn=0+guided=False"  # one of two patches is unlabelled
-
-
-def start(trainer):
-    trainer.on_train_start()
-    trainer.on_epoch_start()
-    trainer.on_train_epoch_start()
-    return trainer
-
-
-def next_batch(trainer):
-    return Batch.from_loader(next(trainer.dataloader_train), trainer.device)
 
 
 def without_dropout(trainer):
