@@ -21,7 +21,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,11 +48,9 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(1)
-    ways: dict[str, Run] = {"scan": scan._SelectiveScan.apply}
-    if device.type == "cuda":
-        kernel = scan.cuda_kernel()
-        if kernel is not None:
-            ways["kernel"] = partial(scan._run_kernel, kernel)
+    ways: dict[str, Run] = {"scan": scan.blockwise_scan}
+    if device.type == "cuda" and scan.cuda_kernel() is not None:
+        ways["kernel"] = scan._run_kernel
     ways["loop"] = loop  # last: the many small tensors stay with the process
 
     inputs = draw(device)

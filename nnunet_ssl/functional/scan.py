@@ -9,11 +9,10 @@ from math import ceil, sqrt
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import pad
 
 
-@torch.compiler.disable  # a compiler would unroll the loops
 def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor) -> Tensor:
     """Run a state space model with a diagonal state matrix along a sequence.
 
@@ -23,7 +22,8 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip:
     Autograd keeps the inputs only; the backward pass computes the states again and holds them once,
     4 B L D N bytes, for that time. Computes in fp32 without autocast (in fp64 if u is). On CUDA the
     kernel of mamba-ssm takes over if it is really installed; its gradients are sums in random
-    order, so runs with it do not repeat bit by bit.
+    order, so runs with it do not repeat bit by bit. Without it the scan is one operator to
+    `torch.compile`, which would unroll its loops.
 
     Args:
         u: input, (B, L, D).
@@ -55,11 +55,9 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip:
                 f"{name} is {tuple(tensor.shape)}, but u of {tuple(u.shape)} and {state} states "
                 f"need {shape}."
             )
-    if u.is_cuda and u.dtype != torch.float64:
-        kernel = cuda_kernel()
-        if kernel is not None:
-            return _run_kernel(kernel, u, dt, a, b, c, skip)
-    return _SelectiveScan.apply(u, dt, a, b, c, skip)  # type: ignore[no-untyped-call]
+    if u.is_cuda and u.dtype != torch.float64 and _has_kernel():
+        return _run_kernel(u, dt, a, b, c, skip)
+    return blockwise_scan(u, dt, a, b, c, skip)
 
 
 @cache
@@ -77,16 +75,16 @@ def cuda_kernel() -> Callable[..., Tensor] | None:
         return None
 
 
-def _run_kernel(
-    kernel: Callable[..., Tensor],
-    u: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor,
-) -> Tensor:
+@torch.compiler.assume_constant_result
+def _has_kernel() -> bool:
+    return cuda_kernel() is not None
+
+
+@torch.compiler.disable  # not made for it
+def _run_kernel(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor) -> Tensor:
     """Run the kernel, which has tokens last."""
+    kernel = cuda_kernel()
+    assert kernel is not None
     with torch.autocast(u.device.type, enabled=False):
         tokens = (x.float().transpose(1, 2).contiguous() for x in (u, dt, b, c))
         u_last, dt_last, b_last, c_last = tokens
@@ -94,37 +92,58 @@ def _run_kernel(
         return y.transpose(1, 2).to(u.dtype)
 
 
-class _SelectiveScan(torch.autograd.Function):
-    """Scan with its gradient, the same recurrence run backwards.
+@torch.library.custom_op("nnunet_ssl::selective_scan", mutates_args=())
+def blockwise_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor) -> Tensor:
+    """Scan block by block; arguments and result as those of `selective_scan`.
 
     The sequence is cut into blocks, which run side by side, token t of all blocks at once: first
     from a state of 0, which tells how each block ends; these ends are carried from block to block;
     then from the right state. So L tokens take some 5 sqrt(L) steps. A closed form by sums of
     exp(-a dt) would overflow within a block.
     """
+    with torch.autocast(u.device.type, enabled=False):
+        scan = _Blocks(u, dt, a, b, c, skip)
+        y = torch.empty_like(scan.u)
+        state = scan.first_states()
+        for t in range(scan.size):
+            state = scan.step(t, state)
+            torch.matmul(state, scan.c[t, ..., None], out=y[t, ..., None])
+        y.addcmul_(scan.u, scan.skip)
+        return scan.joined(y).to(u.dtype).contiguous()
 
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(u, dt, a, b, c, skip)
-        with torch.autocast(u.device.type, enabled=False):
-            scan = _Blocks(u, dt, a, b, c, skip)
-            y = torch.empty_like(scan.u)
-            state = scan.first_states()
-            for t in range(scan.size):
-                state = scan.step(t, state)
-                torch.matmul(state, scan.c[t, ..., None], out=y[t, ..., None])
-            y.addcmul_(scan.u, scan.skip)
-            return scan.joined(y).to(u.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        inputs = ctx.saved_tensors  # type: ignore[attr-defined]
-        with torch.autocast(grad.device.type, enabled=False):
-            grads = _Blocks(*inputs).gradients(grad)
-        return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+@torch.library.custom_op("nnunet_ssl::selective_scan_gradients", mutates_args=())
+def blockwise_gradients(
+    grad: Tensor, u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of a scan's inputs from that of y: the recurrence run backwards."""
+    with torch.autocast(grad.device.type, enabled=False):
+        inputs = (u, dt, a, b, c, skip)
+        grads = _Blocks(*inputs).gradients(grad)
+        made = (g.to(x.dtype).contiguous() for g, x in zip(grads, inputs, strict=True))
+        du, ddt, da, db, dc, dskip = made
+        return du, ddt, da, db, dc, dskip
+
+
+def _keep_inputs(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _run_backwards(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+    return blockwise_gradients(grad, *ctx.saved_tensors)  # type: ignore[attr-defined]
+
+
+@blockwise_scan.register_fake
+def _(u: Tensor, *others: Tensor) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+@blockwise_gradients.register_fake
+def _(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs)
+
+
+blockwise_scan.register_autograd(_run_backwards, setup_context=_keep_inputs)
 
 
 class _Blocks:

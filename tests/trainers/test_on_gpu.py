@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_trainers import with_needed
+from make_trainers import start, with_needed
 from test_family import (
     FULL,
     NAMES,
     SEMI,
     TAUGHT,
     assert_predicts_as_declared,
-    start,
     whole_and_continued,
     widened,
 )
@@ -29,13 +28,11 @@ from nnunet_ssl.history import read_log
 from nnunet_ssl.naming import resolve
 
 LENGTH = "+num_epochs=3+num_iterations_per_epoch=4+num_val_iterations_per_epoch=1"
-ON_CPU = ("SSLTrainer", "SSLTrainerBCP", "SSLTrainerMEDL")
+ON_CPU = ("SSLTrainer", "SSLTrainerBCP", "SSLTrainerDiffCL", "SSLTrainerMEDL")
 GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 )
-# the scan is not compiled, so the student runs in parts: more than torch compiles
-IN_PARTS = {"SSLTrainerDiffCL"}
 # of how far weights and optimizers moved since the interruption; CUDA adds in any order
 TOLERANCE = {"cuda": 0.1, "cpu": 0.0}
 
@@ -55,11 +52,9 @@ def as_nnunet_has_it(request, monkeypatch, compile_on_cpu):
     """Compile, fail instead of giving up compiling, and let convolutions repeat themselves."""
     monkeypatch.delenv("nnUNet_compile", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    given = request.node.callspec.params
-    if given["device"] == "cpu":
+    if request.node.callspec.params["device"] == "cpu":
         compile_on_cpu()
-    whole = given["name"] not in IN_PARTS
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=whole):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
 
