@@ -705,13 +705,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         NaN if all patches of the batch had foreground forced into them.
         """
+        return self._shares(*self.known_labels(batch), ~batch.forced_fg_l)
+
+    def known_labels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return labels or regions of the annotated patches, and where they are known.
+
+        Returns:
+            (B, 1 or R, *) labels, and (B, 1, *) bool, False on padding and where ignored.
+        """
         target, valid = batch.target, batch.valid_l
         if self.label_manager.has_ignore_label:
             if self.regions:
-                valid, target = valid & ~target[:, -1:].bool(), target[:, :-1]
-            else:
-                valid = valid & (target != self.label_manager.ignore_label)
-        return self._shares(target, valid, ~batch.forced_fg_l)
+                return target[:, :-1], valid & ~target[:, -1:].bool()
+            valid = valid & (target != self.label_manager.ignore_label)
+        return target, valid
 
     # ------------------------------------------------------------------ the step
 

@@ -1,8 +1,9 @@
 """The default."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from nnunet_ssl import checkpoint
@@ -22,7 +23,14 @@ from nnunet_ssl.functional import (
     to_prob,
 )
 from nnunet_ssl.history import mean_of
-from nnunet_ssl.modules import ClassBrake, ClassThresholds, DriftGauge, confirmed_for
+from nnunet_ssl.modules import (
+    ClassBrake,
+    ClassThresholds,
+    DriftGauge,
+    Readiness,
+    confirmed_for,
+    overlap_counts,
+)
 
 LEAST_WARMUP = 1000  # steps
 
@@ -78,6 +86,10 @@ class SSLTrainer(SemiSupervisedTrainer):
     threshold_low: float = 0.6  # limits of
     threshold_high: float = 0.95  # tau_k
     threshold_drop: float = 0.2  # share of each class that may be left out as unsure
+    ready_low: float = (
+        0.7  # Dice of the student on annotated patches up to which nothing unlabelled
+    )
+    ready_high: float = 0.9  # counts, and from which it counts fully
     brake_floor: float = 0.2  # share of its true volume under which a lost class brakes
 
     @classmethod
@@ -94,6 +106,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         cls.require(0 < cls.box_low <= cls.box_high <= 1, "box_low", shares + " and above 0")
         cls.require(0 <= cls.threshold_low <= cls.threshold_high <= 1, "threshold_low", shares)
         cls.require(0 <= cls.threshold_drop < 1, "threshold_drop", "in [0, 1)")
+        cls.require(0 <= cls.ready_low <= cls.ready_high <= 1, "ready_low", shares)
         cls.require(cls.brake_floor > 0, "brake_floor", "above 0")
 
     @classmethod
@@ -123,6 +136,7 @@ class SSLTrainer(SemiSupervisedTrainer):
                 regions=self.regions,
             ),
             "brake": ClassBrake(classes, floor=self.brake_floor),
+            "readiness": Readiness(classes, low=self.ready_low, high=self.ready_high),
         }
 
     def needs_unlabeled(self, progress: float) -> bool:
@@ -132,6 +146,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     def after_step(self, observed: dict[str, list[Tensor]]) -> None:
         """Move teacher, thresholds and class volumes."""
         super().after_step(observed)
+        self.companions["readiness"].update(sum(observed["overlaps"]))
         if "confidences" in observed:
             self.companions["thresholds"].update_from_histogram(observed["confidences"][0])
             # partial annotations do not tell true volumes
@@ -165,6 +180,18 @@ class SSLTrainer(SemiSupervisedTrainer):
             prob = to_prob(full_res(self.student(x)), self.regions)
         return hard_labels(prob, self.regions).cpu(), labels.cpu(), valid.cpu()
 
+    def on_train_end(self) -> None:
+        """Say so if the training was too short for unlabelled patches to count."""
+        super().on_train_end()
+        readiness = self.companions["readiness"]
+        if self.unsup_weight > 0 and readiness.value() < 0.5:
+            self.print_to_log_file(
+                "WARNING: unlabelled scans did not count, or little: on annotated patches the "
+                f"student reaches a Dice of only {readiness.dice():.2f}, and pseudo-labels are no "
+                f"better. They begin to count at {self.ready_low:g} and count fully at "
+                f"{self.ready_high:g}. Train longer, or lower ready_low and ready_high."
+            )
+
     def measure_drift(self) -> dict[str, float | list[float]]:
         """Measure the fixed patches; warn where sureness rises while the student follows less.
 
@@ -193,20 +220,21 @@ class SSLTrainer(SemiSupervisedTrainer):
         self.track("weight", weight)
         if batch.x_u is not None:  # a little before they count, too
             pseudo_label, counted = self.label(batch)
-        if weight == 0:
-            yield {"sup": self.loss(self.student(batch.x_l), batch.y_l)}
+        brake, ready = self.companions["brake"].value(), self.companions["readiness"].value()
+        self.track("readiness", ready)
+        if weight == 0:  # Deviates: FixMatch and UniMatch count unlabelled patches from the start
+            yield {"sup": self.labeled_loss(batch)}
             return
-        brake = self.companions["brake"].value()
         self.track("brake", brake)
         x, pseudo_label, counted, valid = self.strong_view(
             batch.x_u, pseudo_label, counted, batch.valid_u
         )
-        weight = weight * brake
+        weight = weight * brake * ready
         w_sup, w_pse = 1, weight
         if self.normalized:  # SGD keeps the twin's scale
             w_sup, w_pse = 1 / (1 + weight), weight / (1 + weight)
         if self.exchange_probability == 0 or self.draw() >= self.exchange_probability:
-            yield {"sup": w_sup * self.loss(self.student(batch.x_l), batch.y_l)}
+            yield {"sup": w_sup * self.labeled_loss(batch)}
             output = self.student(x)
             self.track_agreement(output, pseudo_label, counted)
             yield {"unsup": w_pse * self.pseudo_loss(output, pseudo_label, counted, valid)}
@@ -216,6 +244,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         # both chunks hold both kinds of voxels: each term is the mean over the two
         for image, true_voxels in zip(mixed, (~inside, inside), strict=True):
             output = self.student(image)
+            self.observe_overlap(output, batch, true_voxels)
             sup = self.masked_loss(output, batch.target, true_voxels)
             pse = self.pseudo_loss(
                 output, pseudo_label, counted & ~true_voxels, valid & ~true_voxels
@@ -224,6 +253,23 @@ class SSLTrainer(SemiSupervisedTrainer):
             del output, sup, pse  # nothing of this chunk stays while the next one is built
             yield terms
             del terms
+
+    def labeled_loss(self, batch: Batch) -> Tensor:
+        """Return the twin's loss; observes how well the student knows its annotated patches."""
+        output = self.student(batch.x_l)
+        self.observe_overlap(output, batch)
+        return self.loss(output, batch.y_l)
+
+    @torch.no_grad()
+    def observe_overlap(self, output: Any, batch: Batch, true_voxels: Tensor | None = None) -> None:
+        """Observe the overlap of the student's decisions with annotations, from its logits."""
+        logits = full_res(output)
+        labels = logits > 0 if self.regions else hard_labels(logits, regions=False)
+        target, known = self.known_labels(batch)
+        if true_voxels is not None:
+            known = known & true_voxels
+        counts = overlap_counts(labels, target, known, self.num_heads, self.regions)
+        self.observe("overlaps", counts)
 
     def label(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the teacher's decisions on the weak view and which of them count.

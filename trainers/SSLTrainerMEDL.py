@@ -103,7 +103,7 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
         """Return L_l and L_w, summed over the two networks."""
         outputs = [self.student(batch.x_l), self.peer(batch.x_l)]
         *own, (_, u_fused) = self.opinions(outputs)
-        counted = self.annotated(batch)
+        counted = self.rows(self.known_labels(batch)[1])
 
         def terms(outputs: list[Any]) -> Iterator[Terms]:
             for output, (_, u) in zip(outputs, own, strict=True):
@@ -168,16 +168,6 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
             return ce.flatten(0, 1)[:, None]
         label = torch.where(target < self.num_heads, target, 0)[:, 0].long()
         return cross_entropy(logits, label, reduction="none")[:, None]
-
-    def annotated(self, batch: Batch) -> Tensor:
-        """Return which labelled voxels count beside nnU-Net's loss, (N, 1, *) bool."""
-        counted = batch.valid_l
-        if self.label_manager.has_ignore_label:
-            if self.regions:
-                counted = counted & ~batch.target[:, -1:].bool()
-            else:
-                counted = counted & (batch.target != self.label_manager.ignore_label)
-        return self.rows(counted)
 
     def track_fusion(self, belief: Tensor, u: Tensor, weight: Tensor, valid: Tensor) -> None:
         """Log the fused opinion; what is more reliable than not counts as covered."""

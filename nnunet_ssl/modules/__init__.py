@@ -13,6 +13,7 @@ from nnunet_ssl.modules.moments import ClassMoments
 from nnunet_ssl.modules.networks import MeanOfNetworks, linked_prob, other_network
 from nnunet_ssl.modules.perturb import dropout_factors, perturbed_forward
 from nnunet_ssl.modules.projector import Projector
+from nnunet_ssl.modules.readiness import Readiness, overlap_counts
 from nnunet_ssl.modules.scores import ScoreMemory
 from nnunet_ssl.modules.slice_network import ImageSegmenter, SliceNetwork
 from nnunet_ssl.modules.tap import Tapped, decode, tapped_forward
@@ -31,6 +32,7 @@ __all__ = [
     "LowRank",
     "MeanOfNetworks",
     "Projector",
+    "Readiness",
     "ScoreMemory",
     "SelectiveSSM",
     "SliceNetwork",
@@ -47,6 +49,7 @@ __all__ = [
     "insert_after_stage",
     "linked_prob",
     "other_network",
+    "overlap_counts",
     "perturbed_forward",
     "pretrained_backbone",
     "take_from_stage",

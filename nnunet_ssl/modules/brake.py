@@ -106,11 +106,15 @@ def class_shares(
     if samples is not None:
         samples = samples.to(labels.device, non_blocking=True)
         valid = valid & samples.view(-1, *[1] * (labels.ndim - 1))
-    if regions:
-        axes = (0, *range(2, labels.ndim))
-        found = (labels.bool() & valid).sum(axes)
-    else:
-        counted = torch.where(valid, labels, -1).float()  # histc leaves out what lies outside
-        found = torch.histc(counted, num_classes, -0.5, num_classes - 0.5)[1:]
+    found = class_counts(labels, valid, num_classes, regions)
     counts = joint_sum(torch.cat([found, valid.sum()[None]]))
     return counts[:-1] / counts[-1]
+
+
+@torch.no_grad()
+def class_counts(labels: Tensor, valid: Tensor, num_classes: int, regions: bool) -> Tensor:
+    """Return how many voxels each foreground class has in this process; as `class_shares`."""
+    if regions:
+        return (labels.bool() & valid).sum((0, *range(2, labels.ndim)))
+    counted = torch.where(valid, labels, -1).float()  # histc leaves out what lies outside
+    return torch.histc(counted, num_classes, -0.5, num_classes - 0.5)[1:]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_trainers import next_batch, start, values
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from torch import nn
 
@@ -249,6 +250,48 @@ def test_log_tells_terms_weight_coverage_shares_and_dice(nnunet, make_trainer, m
     keys = {key for key, _ in told}
     assert {"ssl_terms/unsup", "ssl_pseudo_labels/coverage", "ssl_shares/pseudo/class_1"} <= keys
     assert {"ssl_pseudo_dice/teacher/class_2", "mean_fg_dice"} <= keys
+
+
+@pytest.mark.parametrize("dataset", ["Toy", "RegionsIgnore"])
+def test_what_the_student_does_not_know_teaches_nothing(dataset, nnunet, make_trainer):
+    name = "SSLTrainer+warmup=0+rampup_end=0+threshold_low=0+ready_low=0.6+ready_high=0.8"
+    trainer = start(make_trainer(name, dataset, "2d"))
+    readiness, batch = trainer.companions["readiness"], next_batch(trainer)
+
+    def unsup(dice):
+        readiness.hit.fill_(dice)
+        readiness.size.fill_(1)
+        torch.manual_seed(1)
+        return values(trainer.losses(batch))["unsup"]
+
+    full = unsup(0.8)
+    assert unsup(0.6) == 0 and full != 0
+    assert unsup(0.65) == pytest.approx(full / 4, rel=1e-4)
+    readiness.hit.zero_()
+    readiness.size.zero_()
+    # what a step observes is the Dice of the student's decisions
+    raw = next(trainer.dataloader_train)
+    with torch.no_grad():
+        logits = full_res(trainer.student(raw["data"]))
+    trainer.train_step(raw)
+    labels = logits > 0 if trainer.regions else logits.argmax(1, keepdim=True)
+    target, known = trainer.known_labels(Batch.from_loader(raw, trainer.device))
+    dices = []
+    for k in range(labels.shape[1]) if trainer.regions else (1, 2):
+        a, b = ((x[:, k : k + 1] > 0) if trainer.regions else x == k for x in (labels, target))
+        a, b = a & known, b & known
+        if a.any() or b.any():
+            dices.append(2 * (a & b).sum().item() / (a.sum() + b.sum()).item())
+    assert readiness.dice().item() == pytest.approx(sum(dices) / len(dices), rel=1e-5)
+
+
+def test_a_training_too_short_for_unlabeled_scans_says_so(nnunet, make_trainer, monkeypatch):
+    trainer = make_trainer("SSLTrainer+ready_low=0.98+ready_high=0.99")
+    said = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *a, **k: said.append(str(a[0])))
+    trainer.run_training()
+    (warning,) = (line for line in said if "did not count" in line)
+    assert "Train longer" in warning
 
 
 def test_curves_are_drawn(nnunet, make_trainer, monkeypatch):
