@@ -148,6 +148,7 @@ def test_pairs_must_read_key_value_once(pairs):
         ("ema_decay=None", "a number or auto, since the method needs its teacher"),
         ("unsup_weight=-1.0", "0 or more"),
         ("brake_floor=0.0", "above 0"),
+        ("ready_low=0.95", "low limits not above high ones"),
         ("warmup=1.0", "in [0, 1)"),
         ("rampup_end=0.05", "between warmup and 1, here from 0.1"),
     ],

@@ -46,10 +46,12 @@ class SSLTrainer(SemiSupervisedTrainer):
         p = softmax(teacher(weak(u)));  y = argmax p                             no gradient
         counted = max p >= tau_y,  tau_k keeps the surest 80 % of class k, within [.6, .95]
         x = flip(intensity(weak(u)));  y and counted flipped alike
-        L = sup + lam b pse
+        L = sup + lam b r pse
             sup  nnU-Net's loss
             pse  counted CE / #pseudo-labelled voxels + Dice over counted voxels
         b = 1, less if the teacher loses a class (always 1 with the ignore label)
+        r = clip((d - .7) / .2, 0, 1), d the Dice of the student on the annotated patches of about
+            the last 50 steps, mean of the classes
         teacher <- a teacher + (1 - a) student
 
     At the end of each epoch the drift gauge looks at 16 fixed unlabelled patches: how far the
@@ -62,7 +64,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     apart. It cost accuracy where it was measured.
 
     Deviates from those sources: class-relative thresholds; the first part of training is supervised
-    only. Unlabelled patches are drawn uniformly also where a patch holds little of a case. Padding
+    only; r. Unlabelled patches are drawn uniformly also where a patch holds little of a case. Padding
     of labelled patches counts as background, as in nnU-Net; padding of unlabelled ones does not
     count.
     """
@@ -76,7 +78,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     step_cost: ClassVar[float] = 7 / 3
 
     unsup_weight: float = 1.0  # lambda, after the ramp-up
-    normalized: bool = False  # divide the loss by 1 + lam b
+    normalized: bool = False  # divide the loss by 1 + lam b r
     # fractions of training: on labelled scans only, and from which the full weight holds; `ramp`
     warmup: float | Literal["auto"] = "auto"
     rampup_end: float | Literal["auto"] = "auto"
@@ -229,7 +231,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         x, pseudo_label, counted, valid = self.strong_view(
             batch.x_u, pseudo_label, counted, batch.valid_u
         )
-        weight = weight * brake * ready
+        weight = weight * brake * ready  # Deviates: no source fades the loss so
         w_sup, w_pse = 1, weight
         if self.normalized:  # SGD keeps the twin's scale
             w_sup, w_pse = 1 / (1 + weight), weight / (1 + weight)
