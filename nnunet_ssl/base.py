@@ -443,12 +443,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def teacher_decay(self) -> float:
         """Return the weight of the teacher's old value for this step.
 
-        "auto" averages over a horizon of a 75th of the run, between 100 and 1000 steps. Early
+        "auto" averages over a horizon of a 75th of the run, between 10 and 1000 steps. Early
         steps weigh less, so the teacher is not held back by its start.
         """
         decay = self.ema_decay
         if decay == "auto":
-            decay = 1 - 1 / min(max(self.total_steps / 75, 100), 1000)
+            decay = 1 - 1 / min(max(self.total_steps / 75, 10), 1000)
         return ema_decay_at(self.step, float(decay))  # type: ignore[arg-type]
 
     def needs_unlabeled(self, progress: float) -> bool:

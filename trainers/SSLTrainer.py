@@ -64,9 +64,9 @@ class SSLTrainer(SemiSupervisedTrainer):
     apart. It cost accuracy where it was measured.
 
     Deviates from those sources: class-relative thresholds; the first part of training is supervised
-    only; r. Unlabelled patches are drawn uniformly also where a patch holds little of a case. Padding
-    of labelled patches counts as background, as in nnU-Net; padding of unlabelled ones does not
-    count.
+    only; r. Unlabelled patches are drawn uniformly also where a patch holds little of a case.
+    Padding of labelled patches counts as background, as in nnU-Net; padding of unlabelled ones does
+    not count.
     """
 
     method: ClassVar[str] = "default of nnunet_ssl"

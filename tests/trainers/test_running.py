@@ -17,6 +17,7 @@ from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import full_res
 from nnunet_ssl.history import read_log
+from nnunet_ssl.naming import resolve
 from nnunet_ssl.trainers import SSLTrainer
 
 
@@ -292,6 +293,25 @@ def test_a_training_too_short_for_unlabeled_scans_says_so(nnunet, make_trainer, 
     trainer.run_training()
     (warning,) = (line for line in said if "did not count" in line)
     assert "Train longer" in warning
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "ramp"),
+    [(1000, 250, (0.1, 0.3)), (20, 250, (0.2, 0.4)), (4, 250, (0.4, 0.6))],
+)
+def test_first_thousand_steps_are_supervised(epochs, steps, ramp):
+    trainer = resolve(f"SSLTrainer+num_epochs={epochs}+num_iterations_per_epoch={steps}")
+    assert trainer.ramp() == pytest.approx(ramp)
+
+
+@pytest.mark.parametrize(("epochs", "horizon"), [(1, 10), (6, 20), (30, 100), (1000, 1000)])
+def test_the_average_follows_short_trainings_closely(epochs, horizon, nnunet, make_trainer):
+    trainer = make_trainer(
+        f"SSLTrainer+num_epochs={epochs}+num_iterations_per_epoch=250", short=False
+    )
+    trainer.step = trainer.total_steps - 1
+    decay = trainer.teacher_decay()
+    assert decay == pytest.approx(min(1 - 1 / horizon, 1 - 1 / trainer.total_steps))
 
 
 def test_curves_are_drawn(nnunet, make_trainer, monkeypatch):
