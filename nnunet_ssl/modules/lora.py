@@ -3,6 +3,7 @@
 import math
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 
@@ -39,7 +40,9 @@ class LowRank(nn.Module):
             if layer.groups != 1 or isinstance(layer.padding, str):
                 raise ValueError(f"No low-rank addition for {layer}: groups, or padding by name.")
             rank = min(rank, layer.in_channels, layer.out_channels)
-            self.down = nn.Conv2d(
+            # TensorFlow's padding depends on the size of the image: it is in the class
+            same = isinstance(layer, Conv2dSame)
+            self.down = (Conv2dSame if same else nn.Conv2d)(
                 layer.in_channels,
                 rank,
                 layer.kernel_size,  # type: ignore[arg-type]
@@ -47,7 +50,7 @@ class LowRank(nn.Module):
                 layer.padding,  # type: ignore[arg-type]
                 layer.dilation,  # type: ignore[arg-type]
                 bias=False,
-                padding_mode=layer.padding_mode,
+                **({} if same else {"padding_mode": layer.padding_mode}),
             )
             self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))

@@ -3,6 +3,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
 from torch import nn
 
 from nnunet_ssl.errors import UserError
@@ -34,6 +35,7 @@ def without_dropout(network):
         (nn.Linear(6, 4), (3, 6)),
         (nn.Conv2d(6, 4, 3, stride=2, padding=1), (2, 6, 7, 9)),
         (nn.Conv2d(6, 4, 2, stride=2, bias=False), (2, 6, 8, 8)),
+        (Conv2dSame(6, 4, 3, stride=2), (2, 6, 8, 9)),
     ],
 )
 def test_low_rank_starts_at_the_layer_and_merges_into_it(layer, shape):
