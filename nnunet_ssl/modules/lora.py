@@ -41,8 +41,10 @@ class LowRank(nn.Module):
                 raise ValueError(f"No low-rank addition for {layer}: groups, or padding by name.")
             rank = min(rank, layer.in_channels, layer.out_channels)
             # TensorFlow's padding depends on the size of the image: it is in the class
-            same = isinstance(layer, Conv2dSame)
-            self.down = (Conv2dSame if same else nn.Conv2d)(
+            kind, mode = nn.Conv2d, {"padding_mode": layer.padding_mode}
+            if isinstance(layer, Conv2dSame):
+                kind, mode = Conv2dSame, {}
+            self.down = kind(
                 layer.in_channels,
                 rank,
                 layer.kernel_size,  # type: ignore[arg-type]
@@ -50,7 +52,7 @@ class LowRank(nn.Module):
                 layer.padding,  # type: ignore[arg-type]
                 layer.dilation,  # type: ignore[arg-type]
                 bias=False,
-                **({} if same else {"padding_mode": layer.padding_mode}),
+                **mode,  # type: ignore[arg-type]
             )
             self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
