@@ -41,7 +41,8 @@ class LowRank(nn.Module):
                 raise ValueError(f"No low-rank addition for {layer}: groups, or padding by name.")
             rank = min(rank, layer.in_channels, layer.out_channels)
             # TensorFlow's padding depends on the size of the image: it is in the class
-            kind, mode = nn.Conv2d, {"padding_mode": layer.padding_mode}
+            kind: type[nn.Conv2d] = nn.Conv2d
+            mode = {"padding_mode": layer.padding_mode}
             if isinstance(layer, Conv2dSame):
                 kind, mode = Conv2dSame, {}
             self.down = kind(
