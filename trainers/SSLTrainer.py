@@ -148,7 +148,8 @@ class SSLTrainer(SemiSupervisedTrainer):
     def after_step(self, observed: dict[str, list[Tensor]]) -> None:
         """Move teacher, thresholds and class volumes."""
         super().after_step(observed)
-        self.companions["readiness"].update(sum(observed["overlaps"]))
+        if "overlaps" in observed:
+            self.companions["readiness"].update(torch.stack(observed["overlaps"]).sum(0))
         if "confidences" in observed:
             self.companions["thresholds"].update_from_histogram(observed["confidences"][0])
             # partial annotations do not tell true volumes
