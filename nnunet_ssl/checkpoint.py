@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.io import atomic_path, explain_os_error
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 
 def to_cpu(state: Any) -> Any:
