@@ -688,10 +688,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.observe("pseudo_shares", shares)
 
     @torch.no_grad()
+    def decisions(self, output: Any) -> Tensor:
+        """Return the labels (B, 1, *), or regions (B, R, *), that logits decide for."""
+        logits = full_res(output)
+        return logits > 0 if self.regions else hard_labels(logits, regions=False)
+
+    @torch.no_grad()
     def track_agreement(self, output: Any, pseudo_label: Tensor, counted: Tensor) -> None:
         """Log the share of counted voxels at which student and pseudo-label agree."""
-        logits = full_res(output)
-        student = logits > 0 if self.regions else hard_labels(logits, regions=False)
+        student = self.decisions(output)
         counted = counted.bool().expand_as(student)
         agreed = ((student == pseudo_label) & counted).sum()
         # NaN, so missing, where none counts

@@ -88,10 +88,8 @@ class SSLTrainer(SemiSupervisedTrainer):
     threshold_low: float = 0.6  # limits of
     threshold_high: float = 0.95  # tau_k
     threshold_drop: float = 0.2  # share of each class that may be left out as unsure
-    ready_low: float = (
-        0.7  # Dice of the student on annotated patches up to which nothing unlabelled
-    )
-    ready_high: float = 0.9  # counts, and from which it counts fully
+    ready_low: float = 0.7  # Dice on annotated patches up to which unlabelled ones do not count,
+    ready_high: float = 0.9  # and from which they count fully
     brake_floor: float = 0.2  # share of its true volume under which a lost class brakes
 
     @classmethod
@@ -266,11 +264,10 @@ class SSLTrainer(SemiSupervisedTrainer):
     @torch.no_grad()
     def observe_overlap(self, output: Any, batch: Batch, true_voxels: Tensor | None = None) -> None:
         """Observe the overlap of the student's decisions with annotations, from its logits."""
-        logits = full_res(output)
-        labels = logits > 0 if self.regions else hard_labels(logits, regions=False)
         target, known = self.known_labels(batch)
         if true_voxels is not None:
             known = known & true_voxels
+        labels = self.decisions(output)
         counts = overlap_counts(labels, target, known, self.num_heads, self.regions)
         self.observe("overlaps", counts)
 

@@ -8,7 +8,7 @@ from functools import cache
 from math import ceil, sqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import pad
 
@@ -92,7 +92,7 @@ def _run_kernel(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Te
         return y.transpose(1, 2).to(u.dtype)
 
 
-@torch.library.custom_op("nnunet_ssl::selective_scan", mutates_args=())
+@library.custom_op("nnunet_ssl::selective_scan", mutates_args=())
 def blockwise_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor) -> Tensor:
     """Scan block by block; arguments and result as those of `selective_scan`.
 
@@ -112,7 +112,7 @@ def blockwise_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip:
         return scan.joined(y).to(u.dtype).contiguous()
 
 
-@torch.library.custom_op("nnunet_ssl::selective_scan_gradients", mutates_args=())
+@library.custom_op("nnunet_ssl::selective_scan_gradients", mutates_args=())
 def blockwise_gradients(
     grad: Tensor, u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

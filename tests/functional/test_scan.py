@@ -3,6 +3,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import library
 from torch.autograd import gradcheck
 from torch.autograd.gradcheck import GradcheckError
 from torch.autograd.graph import saved_tensors_hooks
@@ -161,7 +162,7 @@ def test_a_compiled_function_keeps_it_whole():
         y = function(*args)
         results.append([y, *torch.autograd.grad(y.square().sum(), args)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    torch.library.opcheck(blockwise_scan, inputs(10))
+    library.opcheck(blockwise_scan, inputs(10))
 
 
 def test_wrong_shapes_are_named():
