@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -32,6 +33,8 @@ from nnunet_ssl import checkpoint as checkpoints
 from nnunet_ssl.data.appearance import describe_unlike
 from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.data.components import single_piece
+from nnunet_ssl.data.foreground import FILE_NAME as FOREGROUND_NAME
+from nnunet_ssl.data.foreground import ForegroundPlaces, search, write_places
 from nnunet_ssl.data.loader import (
     CASE_TABLE,
     META,
@@ -63,7 +66,7 @@ from nnunet_ssl.functional import (
     to_prob,
 )
 from nnunet_ssl.history import LOG_NAME, PLOT_NAME, History, Meter
-from nnunet_ssl.io import explain_os_error
+from nnunet_ssl.io import explain_os_error, silence
 from nnunet_ssl.modules import Tapped, class_shares, tapped_forward
 from nnunet_ssl.modules.tap import UNETS
 from nnunet_ssl.version import check_nnunet_version
@@ -74,6 +77,7 @@ Terms = dict[str, Tensor]
 GRADIENT_CLIP = 12  # nnU-Net's, per module
 # a class whose share among pseudo-labels is under this part of its share among labels is lost
 COLLAPSE_RATIO = 0.05
+SEARCH_SHARE = 0.01  # of the training's passes, that one search for foreground takes at most
 UNET_NAMES = tuple(cls.__name__ for cls in UNETS)
 
 NNUNET_SETTINGS = (
@@ -249,6 +253,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._patches = {"labeled": 0, "unlabeled": 0}  # seen in this epoch
         self._observed: dict[str, list[Tensor]] = defaultdict(list)
         self._unlabeled_active = Value("b", False)
+        self._places: ForegroundPlaces | None = None  # made with the loaders
 
     @classmethod
     def refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
@@ -329,6 +334,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.start_companions()
         else:
             self._history.cut_back(self.current_epoch)
+            self._go_on_with_places()
             # after the loaders' warm-up batch, which the uninterrupted run drew at its own start
             if self.local_rank < len(self._resumed["rng"]):
                 state = self._resumed["rng"][self.local_rank]
@@ -387,7 +393,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _set_old_run_aside(self) -> None:
         """Move an earlier run's files away: `--c` would prefer its final checkpoint."""
         folder = Path(self.output_folder)
-        old = [*folder.glob("checkpoint_*.pth"), folder / LOG_NAME, folder / PLOT_NAME]
+        found = [*folder.glob("checkpoint_*.pth"), *folder.glob(FOREGROUND_NAME.format("*"))]
+        old = [*found, folder / LOG_NAME, folder / PLOT_NAME]
         old = [path for path in old if path.is_file()]
         if old:
             numbers = [int(p.name.rpartition("_")[2]) for p in folder.glob("previous_run_[0-9]*")]
@@ -450,6 +457,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if decay == "auto":
             decay = 1 - 1 / min(max(self.total_steps / 75, 10), 1000)
         return ema_decay_at(self.step, float(decay))  # type: ignore[arg-type]
+
+    def foreground_searches(self) -> tuple[float, Sequence[float]]:
+        """Tell how unlabelled patches are drawn.
+
+        Returns:
+            Which share of them is drawn around foreground that the teacher saw, and at which
+            progress it looks for some, in the epoch that begins then or next. By default no share.
+        """
+        return 0.0, ()
 
     def needs_unlabeled(self, progress: float) -> bool:
         """Tell whether unlabelled patches are needed at this progress; if not, none are loaded."""
@@ -671,19 +687,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._meter.add(f"pseudo_labels/{name}", value)
 
     @torch.no_grad()
-    def track_pseudo_labels(self, prob: Tensor, counted: Tensor, valid: Tensor) -> None:
+    def track_pseudo_labels(
+        self, prob: Tensor, counted: Tensor, valid: Tensor, forced: Tensor | None = None
+    ) -> None:
         """Log coverage, mean confidence and class shares; observe the last as `pseudo_shares`.
 
         Args:
             prob: the labelling network's probabilities, (B, K, *).
             counted: voxels that enter the loss, (B, 1 or R, *).
             valid: (B, 1, *) bool, False on padding.
+            forced: (B,) bool, samples drawn around foreground: they do not tell class shares.
         """
         covered = (counted.bool() & valid).float().mean(1).sum()
         self.track("coverage", joint_share(covered, valid.sum()))
         sure = confidence(prob, self.regions).mean(1, keepdim=True)
         self.track("confidence", joint_share((sure * valid).sum(), valid.sum()))
-        shares = self._shares(hard_labels(prob, self.regions), valid, None)
+        freely = None if forced is None else ~forced
+        shares = self._shares(hard_labels(prob, self.regions), valid, freely)
         self._meter.add("shares/pseudo", shares)
         self.observe("pseudo_shares", shares)
 
@@ -738,6 +758,65 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                     group["lr"] = group["initial_lr"] * phase.schedule(self.progress)
         end_of_epoch = (self.step + self.num_iterations_per_epoch) / self.total_steps
         self._unlabeled_active.value = self.needs_unlabeled(end_of_epoch)
+        due = self._searches_until(self.progress)
+        if self._places is not None and due > self._places.number:
+            self._search_foreground(self._places, due)
+
+    def _searches_until(self, progress: float) -> int:
+        return sum(start <= progress for start in self.foreground_searches()[1])
+
+    def _go_on_with_places(self) -> None:
+        """Take up the search that the interrupted run had last; the first epoch may add one."""
+        done = self._searches_until((self.current_epoch - 1) / self.num_epochs)
+        if self._places is not None and self._places.path(done).is_file():
+            self._places.number = done
+
+    def _search_foreground(self, places: ForegroundPlaces, number: int) -> None:
+        """Let the teacher look for foreground in unlabelled cases; patches are drawn there then."""
+        with silence():
+            predictor = nnUNetPredictor(
+                tile_step_size=1,
+                use_gaussian=False,
+                use_mirroring=False,
+                device=self.device,
+                allow_tqdm=False,
+            )
+        predictor.manual_initialization(
+            self.teacher,
+            self.plans_manager,
+            self.configuration_manager,
+            None,
+            self.dataset_json,
+            type(self).__name__,
+            None,
+        )
+
+        def segment(data: Tensor) -> Tensor:
+            with torch.no_grad(), self._autocast():
+                return self.decisions(predictor.predict_sliding_window_return_logits(data)[None])[0]
+
+        start = time()
+        passes_in_training = 3 * self.step_cost * self.batch_size * self.total_steps
+        found = search(
+            self._unlabeled_cases(),
+            segment,
+            self.configuration_manager.patch_size,
+            int(SEARCH_SHARE * passes_in_training),
+            self.num_heads,
+            self.regions,
+            np.random.default_rng([self.seed or 0, number]),
+            (self.local_rank, process_count()),
+        )
+        everywhere = {case: voxels for part in gather(found) for case, voxels in part.items()}
+        seen = {case: voxels for case, voxels in everywhere.items() if voxels}
+        if self.local_rank == 0:
+            write_places(seen, places.path(number))
+        gather(None)  # no process goes on before that
+        places.number = number
+        self.print_to_log_file(
+            f"The teacher sees foreground in {len(seen)} of {len(everywhere)} unlabelled scans "
+            f"({time() - start:.0f} s); part of the unlabelled patches is drawn there now."
+        )
 
     def _set_modes(self) -> None:
         self.companions.train()
@@ -1129,14 +1208,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 labels,
                 Pipeline(train_transforms, labeled, () if labeled else self.views, reproducible),
                 oversample_foreground_percent=(
-                    self.oversample_foreground_percent if labeled else 0.0
+                    self.oversample_foreground_percent if labeled else share
                 ),
                 probabilistic_oversampling=labeled and self.probabilistic_oversampling,
                 meta=self.meta,
                 table=self.case_table(cases.identifiers),
                 slice_axis=self.plans_manager.transpose_forward[0],
+                places=None if labeled else self._places,
             )
 
+        share, searches = self.foreground_searches()
+        if searches:
+            self._places = ForegroundPlaces(Path(self.output_folder))
         unlabeled = stream(self._unlabeled_cases(), False) if self.uses_unlabeled else None
         train = TwoStreamLoader(stream(train_cases, True), unlabeled, self._unlabeled_active)
         val = nnUNetDataLoader(
@@ -1150,6 +1233,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             probabilistic_oversampling=self.probabilistic_oversampling,
         )
         return train, val
+
+    def patch_share(self) -> float:
+        """Return how much of a case of median size one patch holds, at most 1."""
+        case = self.configuration_manager.median_image_size_in_voxels
+        patch = self.configuration_manager.patch_size
+        share = math.prod(min(p / n, 1) for p, n in zip(patch, case, strict=True))
+        if len(patch) == 2:  # one slice
+            share /= self.plans_manager.plans["original_median_shape_after_transp"][0]
+        return share
 
     def fixed_patches(self, least: int) -> tuple[Tensor, Tensor]:
         """Return unlabelled patches without augmentation, the same ones in every run.

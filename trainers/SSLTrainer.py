@@ -1,6 +1,6 @@
 """The default."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -91,6 +91,9 @@ class SSLTrainer(SemiSupervisedTrainer):
     ready_low: float = 0.7  # Dice on annotated patches up to which unlabelled ones do not count,
     ready_high: float = 0.9  # and from which they count fully
     brake_floor: float = 0.2  # share of its true volume under which a lost class brakes
+    # share of the unlabelled patches that is drawn around foreground which the teacher saw, if a
+    # patch holds less than half of a median case
+    unlabeled_foreground: float = 0.0
 
     @classmethod
     def check_settings(cls) -> None:
@@ -108,6 +111,8 @@ class SSLTrainer(SemiSupervisedTrainer):
         cls.require(0 <= cls.threshold_drop < 1, "threshold_drop", "in [0, 1)")
         cls.require(0 <= cls.ready_low <= cls.ready_high <= 1, "ready_low", shares)
         cls.require(cls.brake_floor > 0, "brake_floor", "above 0")
+        rule = "in [0, 1), so that some patches are drawn anywhere"
+        cls.require(0 <= cls.unlabeled_foreground < 1, "unlabeled_foreground", rule)
 
     @classmethod
     def ramp(cls) -> tuple[float, float]:
@@ -142,6 +147,13 @@ class SSLTrainer(SemiSupervisedTrainer):
     def needs_unlabeled(self, progress: float) -> bool:
         """Load them a little before they count, so that thresholds know the teacher by then."""
         return progress > 0.8 * self.ramp()[0]
+
+    def foreground_searches(self) -> tuple[float, Sequence[float]]:
+        """Look for foreground when the ramp begins, and twice more, if patches are small."""
+        if self.unsup_weight == 0 or self.unlabeled_foreground == 0 or self.patch_share() >= 0.5:
+            return 0.0, ()
+        start = self.ramp()[0]
+        return self.unlabeled_foreground, [t for t in (start, start + 0.3, start + 0.6) if t < 1]
 
     def after_step(self, observed: dict[str, list[Tensor]]) -> None:
         """Move teacher, thresholds and class volumes."""
@@ -280,7 +292,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         thresholds = self.companions["thresholds"]
         # Deviates: FixMatch and UniMatch have one threshold for all classes
         counted = thresholds.mask(prob) & batch.valid_u
-        self.track_pseudo_labels(prob, counted, batch.valid_u)
+        self.track_pseudo_labels(prob, counted, batch.valid_u, batch.forced_fg_u)
         histogram = thresholds.confidence_histogram(
             prob, batch.valid_u, thresholds.bins, self.regions
         )

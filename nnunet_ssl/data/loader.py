@@ -14,6 +14,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
+from nnunet_ssl.data.foreground import ForegroundPlaces, Places
 from nnunet_ssl.data.views import Pipeline
 from nnunet_ssl.errors import UserError
 
@@ -37,11 +38,14 @@ class PatchLoader(nnUNetDataLoader):
         patch_size: size that the network gets, in voxels.
         label_manager: nnU-Net's.
         pipeline: the transforms of this stream.
-        oversample_foreground_percent: share of patches with forced foreground; 0 if unlabelled.
+        oversample_foreground_percent: share of patches with forced foreground.
         probabilistic_oversampling: as in nnU-Net.
         meta: names from `META`, or columns of `table`.
         table: case -> column -> value, for further columns.
         slice_axis: axis of the stored image that became the first one (`transpose_forward[0]`).
+        places: where foreground is in unlabelled cases. As soon as it tells some, each patch is
+            with probability `oversample_foreground_percent` one around such a place: of a random
+            one of these cases, a random one of its classes, a random voxel.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class PatchLoader(nnUNetDataLoader):
         meta: Sequence[str] = (),
         table: Mapping[str, Mapping[str, float]] | None = None,
         slice_axis: int = 0,
+        places: ForegroundPlaces | None = None,
     ):
         super().__init__(
             data,
@@ -77,14 +82,33 @@ class PatchLoader(nnUNetDataLoader):
         if not pipeline.labeled:
             self.has_ignore = False  # there is no annotated region to look for
         self._fixed_keys: np.ndarray | None = None
+        self.places = places
+        self._known: Places = {}  # of this batch
+        self._guided = np.zeros(batch_size, bool)
+        if places is not None:
+            self.get_do_oversample = self._is_guided
         self._samples: list[dict[str, Any]] = []
         self._forced: list[bool] = []
 
     def get_indices(self) -> np.ndarray:
         """Return the case ids of the next batch."""
-        return super().get_indices() if self._fixed_keys is None else self._fixed_keys
+        if self._fixed_keys is not None:
+            return self._fixed_keys
+        keys = super().get_indices()
+        if self.places is not None:
+            self._known = self.places.now()
+        if self._known:
+            self._guided = np.random.uniform(size=len(keys)) < self.oversample_foreground_percent
+            keys[self._guided] = np.random.choice(sorted(self._known), self._guided.sum())
+        self._drawn_keys = keys
+        return keys
+
+    def _is_guided(self, sample: int) -> bool:
+        return bool(self._guided[sample])
 
     def get_bbox(self, data_shape, force_fg, class_locations, **kwargs):  # noqa: D102
+        if self.places is not None:
+            class_locations = self._known.get(self._drawn_keys[len(self._forced)])
         lower, upper = super().get_bbox(data_shape, force_fg, class_locations, **kwargs)
         self._forced.append(bool(force_fg))
         self._box = (np.array(lower), np.array(upper), np.array(data_shape))

@@ -18,6 +18,7 @@ from nnunet_ssl.estimate import KeptBytes
 from nnunet_ssl.functional import ema_update, full_res
 from nnunet_ssl.history import read_log
 from nnunet_ssl.naming import trainer_classes
+from nnunet_ssl.trainers import SSLTrainer
 
 NAMES = sorted(trainer_classes())
 SEMI = [n for n in NAMES if trainer_classes()[n].uses_unlabeled]
@@ -315,6 +316,29 @@ def test_killed_after_two_epochs_and_continued_is_bit_exact(
         a.pop("seconds"), b.pop("seconds")
         assert a == b
     assert [r["epoch"] for r in logs[1]] == [0, 1, 2, 3]
+
+
+def test_killed_after_a_search_for_foreground_and_continued_is_bit_exact(
+    make_trainer, monkeypatch, tmp_path
+):
+    """The searches are at the start of epochs 1 and 3, the kill is between them."""
+    name = "SSLTrainer+warmup=0.25+rampup_end=0.25+unlabeled_foreground=0.5+save_every=1"
+    label, forced = SSLTrainer.label, []
+
+    def watched(trainer, batch):
+        forced.append((trainer.current_epoch, batch.forced_fg_u.any().item()))
+        return label(trainer, batch)
+
+    monkeypatch.setattr(SSLTrainer, "label", watched)
+    whole, continued, _ = whole_and_continued(
+        lambda: make_trainer(name, configuration="2d"), monkeypatch, tmp_path / "second"
+    )
+    a, b = (states(t) for t in (whole, continued))
+    assert all(torch.equal(a[part][k], b[part][k]) for part in a for k in a[part])
+    assert {epoch for epoch, any_forced in forced if any_forced} == {1, 2, 3}
+    for trainer in (whole, continued):
+        files = sorted(Path(trainer.output_folder).glob("unlabeled_foreground_*"))
+        assert [f.name for f in files] == [f"unlabeled_foreground_{i}.npz" for i in (1, 2)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -411,6 +411,84 @@ def test_unlabeled_patches_are_loaded_only_when_needed(nnunet, make_trainer):
     assert loaded == [False, False, True, True]
 
 
+# ---------------------------------------------------------------- drawing around foreground
+
+
+@pytest.mark.parametrize(
+    ("configuration", "patch", "median", "share"),
+    [
+        ("3d_fullres", [8, 16, 16], [16, 32, 32], 1 / 8),
+        ("3d_fullres", [16, 64, 16], [16, 32, 32], 1 / 2),
+        ("2d", [32, 32], [32, 32], 1 / 16),  # one of 16 slices
+    ],
+)
+def test_share_of_a_case_that_a_patch_holds(configuration, patch, median, share, make_trainer):
+    trainer = make_trainer("SSLTrainer+unlabeled_foreground=0.33", configuration=configuration)
+    trainer.configuration_manager.configuration |= {
+        "patch_size": patch,
+        "median_image_size_in_voxels": median,
+    }
+    assert trainer.patch_share() == pytest.approx(share)
+    part, searches = trainer.foreground_searches()
+    assert (part, len(searches)) == ((0.33, 2) if share < 0.5 else (0.0, 0))
+
+
+def test_the_teacher_is_asked_where_foreground_is(nnunet, make_trainer, monkeypatch):
+    """Class 1 is where the image is bright, class 2 nowhere: patches are drawn around class 1."""
+    name = "SSLTrainer+warmup=0.25+rampup_end=0.25+unlabeled_foreground=0.9"
+    trainer = make_trainer(name, configuration="2d")
+    told = []
+    monkeypatch.setattr(
+        trainer, "print_to_log_file", lambda *text, **_: told.extend(map(str, text))
+    )
+    trainer.on_train_start()
+
+    def bright(x):
+        return torch.stack([0 * x[:, 0], x[:, 0] - 1, 0 * x[:, 0] - 9], 1)
+
+    monkeypatch.setattr(trainer.teacher, "forward", bright)
+    batches = {}
+    for epoch in range(3):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        trainer._unlabeled_active.value = True
+        batches[epoch] = [next_batch(trainer) for _ in range(10)]
+    assert trainer._places.number == 1
+    assert not any(b.forced_fg_u.any() for b in batches[0])
+    forced = torch.cat([b.forced_fg_u for n in (1, 2) for b in batches[n]]).float().mean()
+    assert 0.7 < forced < 1
+    for case, found in trainer._places.now().items():
+        data, *_ = trainer._unlabeled_cases().load_case(case)
+        assert set(found) == {1}
+        where = found[1].T
+        assert data[:][tuple(where)].min() > 1
+        assert len(where.T) == min((data[:] > 1).sum(), 1000)
+    assert "sees foreground in" in " ".join(told)
+    # a fresh run does not draw around what an earlier one found
+    again = make_trainer(name, configuration="2d")
+    again.on_train_start()
+    folder = Path(again.output_folder)
+    assert not list(folder.glob("unlabeled_foreground_*"))
+    assert (folder / "previous_run_1" / "unlabeled_foreground_1.npz").is_file()
+
+
+def test_patches_drawn_around_foreground_do_not_count_as_class_shares(nnunet, make_trainer):
+    """Else a vanishing class would look larger than it is, and the brake would be released."""
+    trainer = start(make_trainer("SSLTrainer+warmup=0+rampup_end=0", configuration="2d"))
+    batch = next_batch(trainer)
+    shares = []
+    for forced in (torch.zeros(len(batch.x_u)), torch.arange(len(batch.x_u)) > 0):
+        batch.forced_fg_u = forced.bool()
+        trainer._observed.clear()
+        trainer.label(batch)
+        shares.append(trainer._observed["pseudo_shares"][0])
+    alone = trainer.teacher_prob(batch.x_u[:1]).argmax(1, keepdim=True)
+    valid = batch.valid_u[:1]
+    expected = [((alone == k) & valid).sum() / valid.sum() for k in (1, 2)]
+    assert torch.allclose(shares[1], torch.stack(expected))
+    assert not torch.equal(*shares)
+
+
 # ---------------------------------------------------------------- phases
 
 

@@ -30,7 +30,7 @@ CASES = {
     "cps": ("SSLTrainerCPS+unsup_loss=ce_dice", "Toy", "2d"),
     "medl": ("SSLTrainerMEDL", "Toy", "2d"),
 }
-WHOLE = "SSLTrainer+save_every=1+warmup=0.5+rampup_end=0.5"
+WHOLE = "SSLTrainer+save_every=1+warmup=0.5+rampup_end=0.5+unlabeled_foreground=0.5"
 
 
 def part_of(batch, samples: list[int]):
@@ -154,7 +154,13 @@ def whole_training(folder: Path) -> dict:
             {"student": trainer.network.state_dict(), "others": trainer.companions.state_dict()}
         )
     log = read_log(Path(trainer.output_folder) / LOG_NAME)
-    return {"finals": finals, "log": log, "patches": trainer.batch_size, "drawn": torch.rand(3)}
+    return {
+        "finals": finals,
+        "log": log,
+        "patches": trainer.batch_size,
+        "drawn": torch.rand(3),
+        "foreground": sorted(trainer._places.now()),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +237,9 @@ def test_two_processes_draw_their_own_patches_and_write_one_log(results):
     patches = [record["patches"] for record in first["whole"]["log"]]
     assert patches[0] == {"labeled": 8, "unlabeled": 0}  # warm-up
     assert patches[-1] == {"labeled": 8, "unlabeled": 8}
+    # each looked for foreground in another case, both know of it
+    assert first["whole"]["foreground"] == second["whole"]["foreground"]
+    assert len(first["whole"]["foreground"]) == PROCESSES
 
 
 def test_what_cannot_be_shared_is_refused_before_any_work(results):

@@ -1,0 +1,157 @@
+"""Where the teacher sees foreground in scans without masks, so that patches can be drawn there."""
+
+import math
+from collections.abc import Callable, Sequence
+from multiprocessing.sharedctypes import RawValue
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nnunet_ssl.data.unlabeled import UnlabeledDataset
+from nnunet_ssl.io import atomic_path
+
+MOST_CASES = 200  # of one search
+MOST_VOXELS = 1000  # kept per class and case
+FILE_NAME = "unlabeled_foreground_{}.npz"
+
+Places = dict[str, dict[int, np.ndarray]]
+
+
+class ForegroundPlaces:
+    """What the last search found; worker processes of a loader see each new search.
+
+    Args:
+        folder: holds a file a search, so that a training that goes on an epoch earlier finds the
+            search before.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._number = RawValue("i", 0)  # shared between processes, written by one
+        self._read = 0
+        self._places: Places = {}
+
+    @property
+    def number(self) -> int:
+        """How many searches there were; 0 before the first one."""
+        return self._number.value
+
+    @number.setter
+    def number(self, number: int) -> None:
+        self._number.value = number
+
+    def path(self, number: int) -> Path:
+        """Return the file of a search, counted from 1."""
+        return self.folder / FILE_NAME.format(number)
+
+    def now(self) -> Places:
+        """Return case -> class -> voxels, (N, 4) as nnU-Net's `class_locations`.
+
+        Only cases in which something was found; empty before the first search.
+        """
+        number = self.number
+        if number != self._read:
+            self._places = read_places(self.path(number)) if number else {}
+            self._read = number
+        return self._places
+
+
+def write_places(places: Places, path: Path) -> None:
+    """Write the places of a search atomically."""
+    cases = sorted(places)
+    rows = [(i, label, voxels) for i, c in enumerate(cases) for label, voxels in places[c].items()]
+    counts = [len(voxels) for *_, voxels in rows]
+    voxels = np.concatenate([np.empty((0, 4), np.int32), *(v for *_, v in rows)])
+    with atomic_path(path) as part, open(part, "wb") as f:
+        np.savez_compressed(
+            f,
+            cases=np.array(cases, dtype=np.str_),
+            case=np.repeat(np.array([i for i, *_ in rows], np.int32), counts),
+            label=np.repeat(np.array([label for _, label, _ in rows], np.int32), counts),
+            voxel=voxels[:, 1:].astype(np.int32),
+        )
+
+
+def read_places(path: Path) -> Places:
+    """Read what `write_places` wrote."""
+    with np.load(path) as saved:
+        cases, case, label, voxel = (saved[n] for n in ("cases", "case", "label", "voxel"))
+    voxel = np.pad(voxel, ((0, 0), (1, 0)))
+    found: Places = {str(name): {} for name in cases}
+    for i, k in np.unique(np.stack([case, label], 1), axis=0):
+        found[str(cases[i])][int(k)] = voxel[(case == i) & (label == k)]
+    return found
+
+
+def places_of(
+    labels: Tensor, num_classes: int, regions: bool, rng: np.random.Generator
+) -> dict[int, np.ndarray]:
+    """Return class -> some of its voxels, at most `MOST_VOXELS`, in random order.
+
+    Args:
+        labels: of a whole case, (1, *) integers, or (R, *) bool for regions.
+        num_classes: classes with background, or regions.
+        regions: the channels of `labels` are regions; they are counted from 1.
+        rng: draws the voxels.
+
+    Returns:
+        (N, 4) int32 arrays, 0 before the three coordinates; no entry for a class without voxels.
+    """
+    found = {}
+    for k in range(1, num_classes + regions):
+        voxels = (labels[k - 1] if regions else labels[0] == k).flatten().nonzero()[:, 0]
+        if len(voxels):
+            some = rng.choice(len(voxels), min(MOST_VOXELS, len(voxels)), replace=False)
+            flat = voxels.cpu().numpy()[some]
+            where = np.unravel_index(flat, labels.shape[1:])
+            found[k] = np.stack([np.zeros_like(flat), *where], 1).astype(np.int32)
+    return found
+
+
+def search(
+    cases: UnlabeledDataset,
+    segment: Callable[[Tensor], Tensor],
+    patch_size: Sequence[int],
+    passes: int,
+    num_classes: int,
+    regions: bool,
+    rng: np.random.Generator,
+    process: tuple[int, int] = (0, 1),
+) -> Places:
+    """Segment random cases and return where foreground is.
+
+    Args:
+        cases: preprocessed scans.
+        segment: (C, *) of a whole case -> (1, *) labels or (R, *) bool.
+        patch_size: of the network, in voxels; two numbers if it sees slices.
+        passes: patches that may be segmented; at least one case is.
+        num_classes: classes with background, or regions.
+        regions: `segment` returns regions.
+        rng: chooses cases and voxels, the same in all processes.
+        process: this one's number, and how many share the work.
+
+    Returns:
+        One entry a case of this process; an empty one where nothing was seen.
+    """
+    number, processes = process
+    order = [str(case) for case in rng.permutation(cases.identifiers)[:MOST_CASES]]
+    found: Places = {}
+    for case in tqdm(order[number::processes], "looking for foreground", disable=number > 0):
+        data, padding, *_ = cases.load_case(case)
+        passes -= tiles(data.shape[1:], patch_size)
+        if found and passes < 0:
+            break
+        labels = segment(torch.from_numpy(data[:]))
+        inside = torch.from_numpy(padding[:] != -1).to(labels.device)
+        found[case] = places_of(labels * inside, num_classes, regions, rng)
+    return found
+
+
+def tiles(shape: Sequence[int], patch_size: Sequence[int]) -> int:
+    """Return how many patches cover an image without overlap; slice by slice for 2D ones."""
+    last = shape[-len(patch_size) :]
+    around = math.prod(shape[: -len(patch_size)])
+    return around * math.prod(math.ceil(n / p) for n, p in zip(last, patch_size, strict=True))
