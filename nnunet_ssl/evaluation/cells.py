@@ -246,13 +246,19 @@ def stock_cell(place: Place, twin: str) -> Cell:
 
 
 def chosen(cells: Sequence[Cell], only: Sequence[str] | None) -> list[Cell]:
-    """Return the cells whose id contains one of some words.
+    """Return the cells whose id contains one of some words; a whole id is that cell alone.
 
     Raises:
         UserError: a word that no id contains.
     """
-    for word in only or ():
-        if not any(word in cell.id for cell in cells):
+    if not only:
+        return list(cells)
+    ids = {cell.id for cell in cells}
+    wanted: set[str] = set()
+    for word in only:
+        found = {word} if word in ids else {i for i in ids if word in i}
+        if not found:
             names = ", ".join(cell.id for cell in cells[:10])
             raise UserError(f"--only {word}: no cell is named like that. Some are: {names}.")
-    return [c for c in cells if not only or any(word in c.id for word in only)]
+        wanted |= found
+    return [cell for cell in cells if cell.id in wanted]

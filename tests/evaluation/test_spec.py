@@ -202,6 +202,13 @@ def test_only_some_cells(read):
         chosen(cells, ["BCP", "UAMT"])
 
 
+def test_a_whole_name_is_one_cell(read):
+    cells = expand(read("[SSLTrainer,", "[SSLTrainer, SSLTrainer+warmup=0.2,"), 10)
+    name = next(c.id for c in cells if c.id.endswith("_SSLTrainer"))
+    assert [c.id for c in chosen(cells, [name])] == [name]
+    assert len(chosen(cells, [name, f"{name}+"])) == 2
+
+
 def test_a_name_too_long_for_a_folder(read):
     pairs = "".join(f"+{k}=0.{'5' * 60}" for k in ("warmup", "rampup_end", "box_low", "box_high"))
     with pytest.raises(UserError, match=r"line 13, settings: make a name too long"):
