@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -66,7 +65,7 @@ from nnunet_ssl.functional import (
     to_prob,
 )
 from nnunet_ssl.history import LOG_NAME, PLOT_NAME, History, Meter
-from nnunet_ssl.io import explain_os_error, silence
+from nnunet_ssl.io import explain_os_error
 from nnunet_ssl.modules import Tapped, class_shares, tapped_forward
 from nnunet_ssl.modules.tap import UNETS
 from nnunet_ssl.version import check_nnunet_version
@@ -773,34 +772,19 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _search_foreground(self, places: ForegroundPlaces, number: int) -> None:
         """Let the teacher look for foreground in unlabelled cases; patches are drawn there then."""
-        with silence():
-            predictor = nnUNetPredictor(
-                tile_step_size=1,
-                use_gaussian=False,
-                use_mirroring=False,
-                device=self.device,
-                allow_tqdm=False,
-            )
-        predictor.manual_initialization(
-            self.teacher,
-            self.plans_manager,
-            self.configuration_manager,
-            None,
-            self.dataset_json,
-            type(self).__name__,
-            None,
-        )
 
-        def segment(data: Tensor) -> Tensor:
-            with torch.no_grad(), self._autocast():
-                return self.decisions(predictor.predict_sliding_window_return_logits(data)[None])[0]
+        @torch.no_grad()
+        def decide(x: Tensor) -> Tensor:
+            with self._autocast():
+                return self.decisions(self.teacher(x.to(self.device, non_blocking=True)))
 
         start = time()
         passes_in_training = 3 * self.step_cost * self.batch_size * self.total_steps
         found = search(
             self._unlabeled_cases(),
-            segment,
+            decide,
             self.configuration_manager.patch_size,
+            self.batch_size,
             int(SEARCH_SHARE * passes_in_training),
             self.num_heads,
             self.regions,

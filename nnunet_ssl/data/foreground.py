@@ -1,5 +1,6 @@
 """Where the teacher sees foreground in scans without masks, so that patches can be drawn there."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from multiprocessing.sharedctypes import RawValue
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch import Tensor
 from tqdm import tqdm
 
@@ -113,8 +116,9 @@ def places_of(
 
 def search(
     cases: UnlabeledDataset,
-    segment: Callable[[Tensor], Tensor],
+    decide: Callable[[Tensor], Tensor],
     patch_size: Sequence[int],
+    batch_size: int,
     passes: int,
     num_classes: int,
     regions: bool,
@@ -125,11 +129,12 @@ def search(
 
     Args:
         cases: preprocessed scans.
-        segment: (C, *) of a whole case -> (1, *) labels or (R, *) bool.
+        decide: patches (B, C, *) -> (B, 1, *) labels, or (B, R, *) bool for regions.
         patch_size: of the network, in voxels; two numbers if it sees slices.
+        batch_size: B.
         passes: patches that may be segmented; at least one case is.
         num_classes: classes with background, or regions.
-        regions: `segment` returns regions.
+        regions: `decide` returns regions.
         rng: chooses cases and voxels, the same in all processes.
         process: this one's number, and how many share the work.
 
@@ -144,14 +149,55 @@ def search(
         passes -= tiles(data.shape[1:], patch_size)
         if found and passes < 0:
             break
-        labels = segment(torch.from_numpy(data[:]))
-        inside = torch.from_numpy(padding[:] != -1).to(labels.device)
+        labels = segment(torch.from_numpy(data[:]), decide, patch_size, batch_size)
+        inside = torch.from_numpy(padding[:] != -1)
         found[case] = places_of(labels * inside, num_classes, regions, rng)
     return found
 
 
+def segment(
+    data: Tensor, decide: Callable[[Tensor], Tensor], patch_size: Sequence[int], batch_size: int
+) -> Tensor:
+    """Return the decisions for a whole case, patch by patch, on the CPU.
+
+    Patches lie side by side and overlap only where they do not fit; no logits are kept.
+
+    Args:
+        data: (C, z, y, x).
+        decide: patches (B, C, *) -> (B, 1, *) labels, or (B, R, *) bool.
+        patch_size: of three axes, or of two: slices, then.
+        batch_size: B, of each pass.
+
+    Returns:
+        (1, z, y, x) int16, or (R, z, y, x) bool.
+    """
+    flat = len(patch_size) == 2
+    patch = (1, *patch_size) if flat else tuple(patch_size)
+    size = data.shape[1:]
+    padded = F.pad(
+        data, [v for p, n in zip(patch, size, strict=True) for v in (max(p - n, 0), 0)][::-1]
+    )
+    boxes = [
+        (slice(None), *(slice(i, i + p) for i, p in zip(corner, patch, strict=True)))
+        for corner in itertools.product(
+            *compute_steps_for_sliding_window(padded.shape[1:], patch, 1)
+        )
+    ]
+    parts = []
+    for i in range(0, len(boxes), batch_size):
+        part = boxes[i : i + batch_size]
+        filled = part + part[-1:] * (batch_size - len(part))  # a compiled network sees one shape
+        x = torch.stack([padded[box] for box in filled])
+        decided = decide(x[:, :, 0] if flat else x)[: len(part)].cpu()
+        parts.append(decided if decided.dtype == torch.bool else decided.to(torch.int16))
+    decisions = torch.cat(parts)
+    labels = decisions.new_zeros(decisions.shape[1], *padded.shape[1:])
+    for box, decided in zip(boxes, decisions, strict=True):
+        labels[box] = decided[:, None] if flat else decided
+    return labels[:, : size[0], : size[1], : size[2]]
+
+
 def tiles(shape: Sequence[int], patch_size: Sequence[int]) -> int:
-    """Return how many patches cover an image without overlap; slice by slice for 2D ones."""
-    last = shape[-len(patch_size) :]
-    around = math.prod(shape[: -len(patch_size)])
-    return around * math.prod(math.ceil(n / p) for n, p in zip(last, patch_size, strict=True))
+    """Return how many patches `segment` takes for an image; slice by slice for 2D ones."""
+    patch = (1,) * (len(shape) - len(patch_size)) + tuple(patch_size)
+    return math.prod(math.ceil(n / p) for n, p in zip(shape, patch, strict=True))

@@ -12,6 +12,7 @@ from nnunet_ssl.data.foreground import (
     places_of,
     read_places,
     search,
+    segment,
     tiles,
     write_places,
 )
@@ -161,6 +162,31 @@ def test_second_view_is_of_the_same_case(tmp_path):
     assert torch.equal(batch["views"]["second"][:, 3].flatten(1).max(1).values, case)
 
 
+@pytest.mark.parametrize(
+    ("shape", "patch"),
+    [
+        ((12, 14, 16), (12, 14, 16)),
+        ((12, 14, 16), (6, 8, 5)),
+        ((3, 14, 4), (8, 8, 8)),
+        ((5, 14, 16), (8, 16)),
+        ((2, 3, 30), (8, 16)),
+    ],
+)
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_case_is_segmented_patch_by_patch(shape, patch, regions):
+    data = torch.randint(0, 5, (2, *shape)).float()
+    passes = []
+
+    def decide(x):
+        assert x.shape == (3, 2, *patch)
+        passes.append(x)
+        return x > 2 if regions else x[:, :1].long()
+
+    labels = segment(data, decide, patch, 3)
+    assert torch.equal(labels, data > 2 if regions else data[:1].to(torch.int16))
+    assert len(passes) == -(-tiles(shape, patch) // 3)
+
+
 def test_tiles():
     assert tiles((10, 40, 33), (20, 20, 16)) == 1 * 2 * 3
     assert tiles((10, 40, 33), (20, 16)) == 10 * 2 * 3
@@ -171,15 +197,16 @@ def test_search_goes_through_random_cases_until_its_budget_is_used_up(tmp_path, 
     cases = unlabeled_cases(tmp_path, number=6, hole=True)
     asked = []
 
-    def segment(data):
-        assert data.shape == (5, *SHAPE)
-        asked.append(int(data[3, 0, 0, 0]) - 1)
-        return torch.ones(1, *SHAPE, dtype=torch.long) * (asked[-1] != 2)  # nothing in case 2
+    def decide(x):
+        case = int(x[0, 3].max()) - 1
+        if case not in asked:
+            asked.append(case)
+        return torch.ones_like(x[:, :1]).long() * (case != 2)  # nothing in case 2
 
     def run(passes, process=(0, 1), seed=0):
         asked.clear()
         rng = np.random.default_rng(seed)
-        return search(cases, segment, (6, 14, 16), passes, 2, False, rng, process)
+        return search(cases, decide, (6, 14, 16), 2, passes, 2, False, rng, process)
 
     everything = run(100)
     assert sorted(asked) == list(range(6)) and asked != sorted(asked)

@@ -113,6 +113,15 @@ def test_trains_continues_and_predicts(name, device, make_trainer, monkeypatch, 
     assert logits.shape == (whole.num_heads, *size) and logits.isfinite().all()
 
 
+@pytest.mark.parametrize(("name", "device"), on_devices(["SSLTrainer"], ["SSLTrainer"]))
+def test_search_for_foreground_with_a_compiled_teacher(name, device, make_trainer):
+    full = f"{name}{FULL[name]}{LENGTH}+unlabeled_foreground=0.5"
+    trainer = make_trainer(full, configuration="2d", short=False, device=device)
+    trainer.run_training()
+    assert trainer._places.number == 3  # one an epoch
+    assert trainer._places.path(3).is_file()
+
+
 @pytest.mark.parametrize("exchange", [0, 1])
 @pytest.mark.parametrize(("name", "device"), on_devices(["SSLTrainer"], ["SSLTrainer"]))
 def test_peak_memory_of_the_default(name, device, exchange, make_trainer):
