@@ -61,10 +61,11 @@ class SSLTrainer(SemiSupervisedTrainer):
 
     With `exchange_probability=q` labelled patch i and x_i swap one box in so many of the steps, as
     in BCP (arXiv:2305.00673) in all of them; true and pseudo-labelled voxels are then normalised
-    apart. It cost accuracy where it was measured.
+    apart. With `unlabeled_foreground=q` so many unlabelled patches are drawn around foreground that
+    the teacher saw. Both cost accuracy where they were measured.
 
     Deviates from those sources: class-relative thresholds; the first part of training is supervised
-    only; r. Unlabelled patches are drawn uniformly also where a patch holds little of a case.
+    only; r.
     Padding of labelled patches counts as background, as in nnU-Net; padding of unlabelled ones does
     not count.
     """
