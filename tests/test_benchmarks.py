@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -142,3 +144,29 @@ def test_a_made_pool_is_a_valid_one(scripts, tmp_path, monkeypatch):
     assert len(cases) == 7
     raw = tmp_path / "raw" / made.name / "imagesUn"
     assert {p.name.removesuffix("_0000.nii.gz") for p in raw.iterdir()} == set(cases)
+
+
+def test_half_of_a_pool_is_inverted_and_nothing_else(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import spoil_pool
+
+    source, target = tmp_path / "Dataset001_A", tmp_path / "Dataset002_B"
+    (source / "imagesTr").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images = {f"c{i}": rng.integers(3, 256, (2, 3, 4)).astype(np.uint8) for i in range(6)}
+    for case, image in images.items():
+        path = source / "imagesTr" / f"{case}_0000.nii.gz"
+        sitk.WriteImage(sitk.GetImageFromArray(image), str(path))
+    listed = tmp_path / "list.txt"
+    listed.write_text("# in their order\nc5\nc0\nc1\n\nc2\nc3\nc4\n")
+    pool = spoil_pool.pool_of(listed, 1, 2)
+    assert pool == ["c0", "c1", "c2"]
+    spoil_pool.spoil(source, target, pool[::2])
+    for case, image in images.items():
+        read = {}
+        for folder in (source, target):
+            path = folder / "imagesTr" / f"{case}_0000.nii.gz"
+            read[folder] = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        assert (read[source] == image).all()
+        change = int(image.max()) + int(image.min()) - image.astype(int)
+        assert (read[target] == (change if case in ("c0", "c2") else image)).all()
