@@ -116,7 +116,9 @@ def test_missing_and_empty_files(tmp_path):
 @pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_specs_of_the_repository_are_valid(path):
     spec = read_spec(path)
-    assert spec.name == path.stem and spec.draws == (0, 1, 2)
+    assert spec.name == path.stem
+    # a spoilt pool is that of one draw
+    assert spec.draws == ((0,) if "spoil_pool.py" in spec.text else (0, 1, 2))
     assert "nnunet_ssl convert" in spec.text
     cells = expand(spec, 1000)
     for cell in cells:
