@@ -19,6 +19,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_ssl.dataset_conversion.reading import read_list
 from nnunet_ssl.io import environment_folder
 
 
@@ -30,8 +31,7 @@ def inverted(image: np.ndarray) -> np.ndarray:
 
 def pool_of(listed: Path, labeled: int, test: int) -> list[str]:
     """Return the cases of a list between the first `labeled` and the last `test`."""
-    lines = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines()]
-    cases = [line for line in lines if line and not line.startswith("#")]
+    cases = read_list(listed)
     return cases[labeled : len(cases) - test]
 
 

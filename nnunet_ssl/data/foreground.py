@@ -64,29 +64,26 @@ class ForegroundPlaces:
 
 def write_places(places: Places, path: Path) -> None:
     """Write the places of a search atomically."""
-    cases = sorted(places)
-    rows = [(i, label, voxels) for i, c in enumerate(cases) for label, voxels in places[c].items()]
-    counts = [len(voxels) for *_, voxels in rows]
-    voxels = np.concatenate([np.empty((0, 4), np.int32), *(v for *_, v in rows)])
+    blocks = [(c, label, v) for c, found in sorted(places.items()) for label, v in found.items()]
     with atomic_path(path) as part, open(part, "wb") as f:
         np.savez_compressed(
             f,
-            cases=np.array(cases, dtype=np.str_),
-            case=np.repeat(np.array([i for i, *_ in rows], np.int32), counts),
-            label=np.repeat(np.array([label for _, label, _ in rows], np.int32), counts),
-            voxel=voxels[:, 1:].astype(np.int32),
+            case=np.array([case for case, *_ in blocks], np.str_),
+            label=np.array([label for _, label, _ in blocks], np.int32),
+            end=np.cumsum([len(v) for *_, v in blocks], dtype=np.int64),
+            voxel=np.concatenate([np.empty((0, 4), np.int32), *(v for *_, v in blocks)]),
         )
 
 
 def read_places(path: Path) -> Places:
     """Read what `write_places` wrote."""
     with np.load(path) as saved:
-        cases, case, label, voxel = (saved[n] for n in ("cases", "case", "label", "voxel"))
-    voxel = np.pad(voxel, ((0, 0), (1, 0)))
-    found: Places = {str(name): {} for name in cases}
-    for i, k in np.unique(np.stack([case, label], 1), axis=0):
-        found[str(cases[i])][int(k)] = voxel[(case == i) & (label == k)]
-    return found
+        case, label, end, voxel = (saved[name] for name in ("case", "label", "end", "voxel"))
+    places: Places = {}
+    # without any block, split still gives an empty one
+    for name, k, voxels in zip(case, label, np.split(voxel, end[:-1]), strict=False):
+        places.setdefault(str(name), {})[int(k)] = voxels
+    return places
 
 
 def places_of(

@@ -99,6 +99,7 @@ class PatchLoader(nnUNetDataLoader):
             self._known = self.places.now()
         if self._known:
             self._guided = np.random.uniform(size=len(keys)) < self.oversample_foreground_percent
+            # Deviates: nnU-Net keeps the case; of a large pool few have been searched
             keys[self._guided] = np.random.choice(sorted(self._known), self._guided.sum())
         self._drawn_keys = keys
         return keys
