@@ -61,6 +61,7 @@ from nnunet_ssl.functional import (
     masked_ce_dice,
     process_count,
     pseudo_ce_dice,
+    random_boxes,
     strong_intensity,
     to_prob,
 )
@@ -73,6 +74,7 @@ from nnunet_ssl.version import check_nnunet_version
 check_nnunet_version()
 
 Terms = dict[str, Tensor]
+LABELED_BOX = (0.3, 0.8)  # sides of a box between annotated patches, as fractions of the patch
 GRADIENT_CLIP = 12  # nnU-Net's, per module
 # a class whose share among pseudo-labels is under this part of its share among labels is lost
 COLLAPSE_RATIO = 0.05
@@ -164,6 +166,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     seed: int | None = None  # None draws afresh; workers of nnU-Net's loader are never seeded
     deploy: Literal["teacher", "student"] = "teacher"  # validated, saved as network, predicts
     ema_decay: float | Literal["auto"] | None = "auto"  # weight of the teacher's old value a step
+    labeled_mix: float = 0.0  # of a step whose annotated patches show boxes of each other
     keep_at: tuple[float, ...] = ()  # fractions of training at which weights are kept
     bf16_on_cpu: bool = False  # autocast to bfloat16 on a CPU; about twice as fast where it has it
 
@@ -197,6 +200,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         require(1 <= cls.save_every <= 10, "save_every", "between 1 and 10 epochs")
         require(0 < cls.initial_lr < math.inf, "initial_lr", "above 0 and finite")
         require(cls.seed is None or 0 <= cls.seed < 2**32, "seed", "between 0 and 2^32 - 1")
+        require(0 <= cls.labeled_mix <= 1, "labeled_mix", "in [0, 1]")
         require(all(0 < f < 1 for f in cls.keep_at), "keep_at", "fractions between 0 and 1")
         decay = cls.ema_decay
         require(
@@ -828,6 +832,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             shares = self.label_shares(data)
             self._meter.add("shares/labels", shares)
             self.observe("label_shares", shares)
+        if self.labeled_mix > 0 and self.draw() < self.labeled_mix:
+            self._mix_labeled(data)
         step_terms: dict[str, Tensor] = {}
         stepped = False
         for phase in self._phases:
@@ -839,6 +845,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.after_step(self._observed)
         self.step += 1
         return {"loss": sum(step_terms.values(), torch.zeros((), device=self.device))}
+
+    def _mix_labeled(self, batch: Batch) -> None:
+        """Put a box of its neighbour in the batch into each annotated patch, labels alike."""
+        spatial = batch.x_l.shape[2:]
+        inside = random_boxes(len(batch.x_l), spatial, *LABELED_BOX, device=self.device)
+
+        def mixed(t: Tensor) -> Tensor:
+            return torch.where(inside, t.roll(1, 0), t)
+
+        batch.x_l, batch.valid_l = mixed(batch.x_l), mixed(batch.valid_l)
+        batch.y_l = self.deep(mixed(batch.target))
 
     def _run_phase(self, phase: Phase, batch: Batch, step_terms: dict[str, Tensor]) -> bool:
         if len(self._phases) > 1:
