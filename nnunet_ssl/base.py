@@ -856,6 +856,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         batch.x_l, batch.valid_l = mixed(batch.x_l), mixed(batch.valid_l)
         batch.y_l = self.deep(mixed(batch.target))
+        batch.mixed_l = True
 
     def _run_phase(self, phase: Phase, batch: Batch, step_terms: dict[str, Tensor]) -> bool:
         if len(self._phases) > 1:

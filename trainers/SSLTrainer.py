@@ -284,6 +284,8 @@ class SSLTrainer(SemiSupervisedTrainer):
     @torch.no_grad()
     def observe_overlap(self, output: Any, batch: Batch, true_voxels: Tensor | None = None) -> None:
         """Observe the overlap of the student's decisions with annotations, from its logits."""
+        if batch.mixed_l:  # harder than any scan
+            return
         target, known = self.known_labels(batch)
         if true_voxels is not None:
             known = known & true_voxels

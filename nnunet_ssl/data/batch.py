@@ -20,6 +20,7 @@ class Batch:
         valid_l: (B, 1, *) bool, False on padding.
         forced_fg_l: (B,) bool, True where the loader forced foreground into the patch.
         keys_l: case ids.
+        mixed_l: whether annotated patches show boxes of each other, see `labeled_mix`.
         x_u: unlabelled images, weak view (spatial transforms and mirroring only), (B, C, *);
             None while the method does not need them.
         valid_u, forced_fg_u, keys_u: as for the labelled part.
@@ -32,6 +33,7 @@ class Batch:
     valid_l: Tensor
     forced_fg_l: Tensor
     keys_l: list[str]
+    mixed_l: bool = False
     x_u: Tensor | None = None
     valid_u: Tensor | None = None
     forced_fg_u: Tensor | None = None
