@@ -461,6 +461,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             decay = 1 - 1 / min(max(self.total_steps / 75, 10), 1000)
         return ema_decay_at(self.step, float(decay))  # type: ignore[arg-type]
 
+    def mix_probability(self) -> float:
+        """Return the probability that annotated patches of this step show boxes of each other."""
+        return self.labeled_mix
+
     def foreground_searches(self) -> tuple[float, Sequence[float]]:
         """Tell how unlabelled patches are drawn.
 
@@ -832,7 +836,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             shares = self.label_shares(data)
             self._meter.add("shares/labels", shares)
             self.observe("label_shares", shares)
-        if self.labeled_mix > 0 and self.draw() < self.labeled_mix:
+        if self.labeled_mix > 0 and self.draw() < self.mix_probability():
             self._mix_labeled(data)
         step_terms: dict[str, Tensor] = {}
         stepped = False

@@ -89,6 +89,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     exchange_probability: float = 0.0  # q, of a step in which patches swap boxes
     box_low: float = 0.5  # smallest and
     box_high: float = 0.8  # largest side of a box, as a fraction of the patch
+    mix_fades: bool = False  # labeled_mix falls as unlabelled patches begin to count
     cutmix_probability: float = 0.0  # of an unlabelled patch to get a box of another one
     teacher_flips: bool = False  # labels are of the mean over the patch and a flipped copy
     strong_ops: bool = True  # intensity operations in the strong view
@@ -234,6 +235,14 @@ class SSLTrainer(SemiSupervisedTrainer):
                 "mistakes: compare with SSLTrainerSupervised, or annotate more scans."
             )
         return measured
+
+    def mix_probability(self) -> float:
+        """Mix annotated patches as long as unlabelled ones do not count fully."""
+        if not self.mix_fades:
+            return self.labeled_mix
+        weight = rampup_between(self.progress, *self.ramp())
+        ready = float(self.companions["readiness"].value())
+        return self.labeled_mix * (1 - weight * ready)
 
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the loss of the labelled chunk, then of the unlabelled one."""
