@@ -6,7 +6,7 @@ import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import Value
 from pathlib import Path
 from time import time
@@ -461,10 +461,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             decay = 1 - 1 / min(max(self.total_steps / 75, 10), 1000)
         return ema_decay_at(self.step, float(decay))  # type: ignore[arg-type]
 
-    def mix_probability(self) -> float:
-        """Return the probability that annotated patches of this step show boxes of each other."""
-        return self.labeled_mix
-
     def foreground_searches(self) -> tuple[float, Sequence[float]]:
         """Tell how unlabelled patches are drawn.
 
@@ -550,6 +546,25 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Return a full-resolution target or mask as nnU-Net's loss wants targets."""
         scales = self._get_deep_supervision_scales()
         return full if scales is None else downsample(full, scales)
+
+    def mix_labeled(self, batch: Batch, inside: Tensor) -> Batch:
+        """Return the batch with annotated patches that show their neighbour, labels alike.
+
+        Args:
+            batch: the step's data; not changed.
+            inside: (B, 1, *) bool, where each patch shows the one before it in the batch.
+        """
+
+        def mixed(t: Tensor) -> Tensor:
+            return torch.where(inside, t.roll(1, 0), t)
+
+        return replace(
+            batch,
+            x_l=mixed(batch.x_l),
+            y_l=self.deep(mixed(batch.target)),
+            valid_l=mixed(batch.valid_l),
+            mixed_l=True,
+        )
 
     def masked_loss(self, output: Any, target: Tensor, keep: Tensor) -> Tensor:
         """Return nnU-Net's CE + Dice over the voxels to keep, each scale by its own count.
@@ -836,8 +851,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             shares = self.label_shares(data)
             self._meter.add("shares/labels", shares)
             self.observe("label_shares", shares)
-        if self.labeled_mix > 0 and self.draw() < self.mix_probability():
-            self._mix_labeled(data)
+        if self.labeled_mix > 0 and self.draw() < self.labeled_mix:
+            spatial = data.x_l.shape[2:]
+            boxes = random_boxes(len(data.x_l), spatial, *LABELED_BOX, device=self.device)
+            data = self.mix_labeled(data, boxes)
         step_terms: dict[str, Tensor] = {}
         stepped = False
         for phase in self._phases:
@@ -849,18 +866,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.after_step(self._observed)
         self.step += 1
         return {"loss": sum(step_terms.values(), torch.zeros((), device=self.device))}
-
-    def _mix_labeled(self, batch: Batch) -> None:
-        """Put a box of its neighbour in the batch into each annotated patch, labels alike."""
-        spatial = batch.x_l.shape[2:]
-        inside = random_boxes(len(batch.x_l), spatial, *LABELED_BOX, device=self.device)
-
-        def mixed(t: Tensor) -> Tensor:
-            return torch.where(inside, t.roll(1, 0), t)
-
-        batch.x_l, batch.valid_l = mixed(batch.x_l), mixed(batch.valid_l)
-        batch.y_l = self.deep(mixed(batch.target))
-        batch.mixed_l = True
 
     def _run_phase(self, phase: Phase, batch: Batch, step_terms: dict[str, Tensor]) -> bool:
         if len(self._phases) > 1:

@@ -55,9 +55,8 @@ class CopyPasteTrainer(SemiSupervisedTrainer):
             batch: the step's data.
             inside: (B, 1, *) bool, where each labelled patch shows its neighbour in the batch.
         """
-        x = torch.where(inside, batch.x_l.roll(1, 0), batch.x_l)
-        target = torch.where(inside, batch.target.roll(1, 0), batch.target)
-        return {"sup": self.loss(self.student(x), self.deep(target))}
+        mixed = self.mix_labeled(batch, inside)
+        return {"sup": self.loss(self.student(mixed.x_l), mixed.y_l)}
 
     def random_directions(self, inside: Tensor) -> Tensor:
         """Return where each mix shows its labelled patch, (B, 1, *) bool.

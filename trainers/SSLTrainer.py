@@ -12,8 +12,6 @@ from nnunet_ssl.data.batch import Batch
 from nnunet_ssl.functional import (
     apply_flips,
     apply_rot90,
-    cutmix,
-    cutmix_boxes,
     exchange,
     full_res,
     hard_labels,
@@ -21,7 +19,6 @@ from nnunet_ssl.functional import (
     rampup_between,
     random_boxes,
     random_flips,
-    random_partners,
     random_rot90,
     to_prob,
 )
@@ -89,11 +86,6 @@ class SSLTrainer(SemiSupervisedTrainer):
     exchange_probability: float = 0.0  # q, of a step in which patches swap boxes
     box_low: float = 0.5  # smallest and
     box_high: float = 0.8  # largest side of a box, as a fraction of the patch
-    mix_fades: bool = False  # labeled_mix falls as unlabelled patches begin to count
-    cutmix_probability: float = 0.0  # of an unlabelled patch to get a box of another one
-    teacher_flips: bool = False  # labels are of the mean over the patch and a flipped copy
-    strong_ops: bool = True  # intensity operations in the strong view
-    strong_flips: bool = True  # flips and turns in the strong view
     threshold_low: float = 0.6  # limits of
     threshold_high: float = 0.95  # tau_k
     threshold_drop: float = 0.2  # share of each class that may be left out as unsure
@@ -236,14 +228,6 @@ class SSLTrainer(SemiSupervisedTrainer):
             )
         return measured
 
-    def mix_probability(self) -> float:
-        """Mix annotated patches as long as unlabelled ones do not count fully."""
-        if not self.mix_fades:
-            return self.labeled_mix
-        weight = rampup_between(self.progress, *self.ramp())
-        ready = float(self.companions["readiness"].value())
-        return self.labeled_mix * (1 - weight * ready)
-
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the loss of the labelled chunk, then of the unlabelled one."""
         weight = self.unsup_weight * rampup_between(self.progress, *self.ramp())
@@ -293,7 +277,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     @torch.no_grad()
     def observe_overlap(self, output: Any, batch: Batch, true_voxels: Tensor | None = None) -> None:
         """Observe the overlap of the student's decisions with annotations, from its logits."""
-        if batch.mixed_l:  # harder than any scan
+        if batch.mixed_l:  # harder than what readiness is scaled for
             return
         target, known = self.known_labels(batch)
         if true_voxels is not None:
@@ -308,11 +292,6 @@ class SSLTrainer(SemiSupervisedTrainer):
         Observes the statistics from which `after_step` moves thresholds and brake.
         """
         prob = self.teacher_prob(batch.x_u)
-        axes = self.inference_allowed_mirroring_axes or ()
-        if self.teacher_flips and axes:
-            flips = random_flips(len(prob), axes)
-            flipped = self.teacher_prob(apply_flips(batch.x_u, flips, axes))
-            prob = (prob + apply_flips(flipped, flips, axes)) / 2
         thresholds = self.companions["thresholds"]
         # Deviates: FixMatch and UniMatch have one threshold for all classes
         counted = thresholds.mask(prob) & batch.valid_u
@@ -338,16 +317,4 @@ class SSLTrainer(SemiSupervisedTrainer):
             t = apply_flips(t, flips, axes)
             return t if turns is None else apply_rot90(t, turns)
 
-        if not self.strong_flips:
-
-            def move(t: Tensor) -> Tensor:
-                return t
-
-        strong = self.strong_intensity(x, valid) if self.strong_ops else x
-        maps = move(strong), move(pseudo_label), move(counted), move(valid)
-        if self.cutmix_probability == 0:
-            return maps
-        inside = cutmix_boxes(
-            len(x), x.shape[2:], 0.02, 0.4, probability=self.cutmix_probability, device=x.device
-        )
-        return tuple(cutmix(inside, random_partners(len(x)), *maps))
+        return move(self.strong_intensity(x, valid)), move(pseudo_label), move(counted), move(valid)

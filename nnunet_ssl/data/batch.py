@@ -20,7 +20,7 @@ class Batch:
         valid_l: (B, 1, *) bool, False on padding.
         forced_fg_l: (B,) bool, True where the loader forced foreground into the patch.
         keys_l: case ids.
-        mixed_l: whether annotated patches show boxes of each other, see `labeled_mix`.
+        mixed_l: True if the annotated patches show boxes of each other, see `labeled_mix`.
         x_u: unlabelled images, weak view (spatial transforms and mirroring only), (B, C, *);
             None while the method does not need them.
         valid_u, forced_fg_u, keys_u: as for the labelled part.

@@ -252,17 +252,21 @@ def test_full_step_trains_what_is_declared_and_moves_the_teacher(
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", sorted(NONE))
-def test_no_unlabeled_weight_is_the_twin_exactly(name, make_trainer):
-    twin = start(make_trainer("SSLTrainerSupervised", configuration=configuration_of(name)))
+@pytest.mark.parametrize(
+    ("name", "mix"), [*((n, "") for n in sorted(NONE)), ("SSLTrainer", "+labeled_mix=0.5")]
+)
+def test_no_unlabeled_weight_is_the_twin_exactly(name, mix, make_trainer):
+    twin = start(make_trainer(f"SSLTrainerSupervised{mix}", configuration=configuration_of(name)))
     batches = [next(twin.dataloader_train) for _ in range(3)]
-    trainer = start(make_trainer(name + NONE[name] + "+ema_decay=auto"))
+    trainer = start(make_trainer(name + NONE[name] + "+ema_decay=auto" + mix))
     trainer.student.load_state_dict(twin.student.state_dict())
     trainer.teacher.load_state_dict(twin.teacher.state_dict())
     with_unlabeled = next(trainer.dataloader_train)
     trainer.step = twin.step = 5  # past every warm-up
-    for batch in batches:
+    for seed, batch in enumerate(batches):
+        torch.manual_seed(seed)
         twin.train_step(dict(batch))
+        torch.manual_seed(seed)
         trainer.train_step(
             {**batch, **{k: v for k, v in with_unlabeled.items() if k == "unlabeled"}}
         )

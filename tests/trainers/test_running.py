@@ -286,6 +286,45 @@ def test_what_the_student_does_not_know_teaches_nothing(dataset, nnunet, make_tr
     assert readiness.dice().item() == pytest.approx(sum(dices) / len(dices), rel=1e-5)
 
 
+@pytest.mark.parametrize("dataset", ["Toy", "RegionsIgnore"])
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_mixed_patches_take_their_labels_along(configuration, dataset, make_trainer):
+    trainer = start(make_trainer("SSLTrainer", dataset, configuration))
+    batch = next_batch(trainer)
+    batch.valid_l = batch.x_l[:, :1] > 0
+    inside = torch.rand(batch.valid_l.shape) < 0.3
+    inside[0] = False
+    mixed = trainer.mix_labeled(batch, inside)
+    for of in ("x_l", "target", "valid_l"):
+        expected = getattr(batch, of).clone()
+        for i, box in enumerate(inside[:, 0]):
+            expected[i][:, box] = getattr(batch, of)[i - 1][:, box]
+        assert torch.equal(getattr(mixed, of), expected)
+    assert [y.shape for y in mixed.y_l] == [y.shape for y in batch.y_l]
+    assert mixed.mixed_l and not batch.mixed_l
+
+
+@pytest.mark.parametrize(("share", "times"), [(0, 0), (0.5, 2), (1, 4)])
+def test_so_many_steps_mix_their_annotated_patches(share, times, make_trainer, monkeypatch):
+    trainer = start(make_trainer(f"SSLTrainer+labeled_mix={share}", configuration="2d"))
+    seen, losses = [], trainer.losses
+
+    def watched(batch):
+        seen.append(batch)
+        return losses(batch)
+
+    trainer._phases[0].losses = watched
+    draws = iter([0.1, 0.6, 0.4, 0.9])
+    monkeypatch.setattr(trainer, "draw", lambda: next(draws))
+    size = trainer.companions["readiness"].size
+    for _ in range(4):
+        before = size.clone()
+        trainer.train_step(next(trainer.dataloader_train))
+        # readiness is scaled for patches as scans have them
+        assert torch.equal(size, before) == seen[-1].mixed_l
+    assert sum(batch.mixed_l for batch in seen) == times
+
+
 def test_a_training_too_short_for_unlabeled_scans_says_so(nnunet, make_trainer, monkeypatch):
     trainer = make_trainer("SSLTrainer+ready_low=0.98+ready_high=0.99")
     said = []
