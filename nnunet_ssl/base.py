@@ -166,7 +166,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     seed: int | None = None  # None draws afresh; workers of nnU-Net's loader are never seeded
     deploy: Literal["teacher", "student"] = "teacher"  # validated, saved as network, predicts
     ema_decay: float | Literal["auto"] | None = "auto"  # weight of the teacher's old value a step
-    labeled_mix: float = 0.0  # of a step whose annotated patches show boxes of each other
+    labeled_mix: float = 0.0  # share of the steps whose annotated patches show boxes of each other
     keep_at: tuple[float, ...] = ()  # fractions of training at which weights are kept
     bf16_on_cpu: bool = False  # autocast to bfloat16 on a CPU; about twice as fast where it has it
 
@@ -289,6 +289,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"each of {process_count()} GPUs the same number, at least {cls.least_patches}. "
                 f"Give another -num_gpus, or plan for more GPU memory."
             )
+        rule = "0: a batch, on each GPU, of 1 patch has no other one to take a box from"
+        cls.require(patches > 1 or cls.labeled_mix == 0, "labeled_mix", rule)
 
     def initialize(self) -> None:
         """Build student, companions, losses and optimizers."""

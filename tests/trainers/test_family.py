@@ -277,6 +277,19 @@ def test_no_unlabeled_weight_is_the_twin_exactly(name, mix, make_trainer):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+# pre-training by contrast has no annotations
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "SSLTrainerSPCLPretrain"])
+def test_every_trainer_can_mix_its_annotated_patches(name, make_trainer, monkeypatch):
+    trainer = start(make_trainer(f"{name}{FULL.get(name, '')}+labeled_mix=1"))
+    mixed, mix = [], trainer.mix_labeled
+    monkeypatch.setattr(trainer, "mix_labeled", lambda *args: mixed.append(mix(*args)) or mixed[-1])
+    trainer.train_step(next(trainer.dataloader_train))
+    assert not torch.equal(mixed[0].x_l, mixed[0].x_l.roll(1, 0))
+    gradients = [p.grad for p in trainer.student.parameters() if p.grad is not None]
+    assert all(g.isfinite().all() for g in gradients)
+    assert any(g.any() for g in gradients)
+
+
 @pytest.mark.parametrize("dataset", ["Toy", "RegionsIgnore"])
 def test_twin_steps_like_stock_nnunet(dataset, make_trainer):
     twin = start(make_trainer("SSLTrainerSupervised", dataset))

@@ -300,8 +300,16 @@ def test_mixed_patches_take_their_labels_along(configuration, dataset, make_trai
         for i, box in enumerate(inside[:, 0]):
             expected[i][:, box] = getattr(batch, of)[i - 1][:, box]
         assert torch.equal(getattr(mixed, of), expected)
-    assert [y.shape for y in mixed.y_l] == [y.shape for y in batch.y_l]
+    for after, before in zip(mixed.y_l, batch.y_l, strict=True):
+        assert torch.equal(after[0], before[0])  # nothing was put into it: as nnU-Net scaled it
+        assert not torch.equal(after, before)
     assert mixed.mixed_l and not batch.mixed_l
+
+
+def test_one_patch_has_none_to_mix_with(nnunet, make_trainer):
+    with pytest.raises(UserError, match=r"labeled_mix=0\.5 must be 0: a batch"):
+        make_trainer("SSLTrainer+labeled_mix=0.5", batch=1)
+    make_trainer("SSLTrainer", batch=1)
 
 
 @pytest.mark.parametrize(("share", "times"), [(0, 0), (0.5, 2), (1, 4)])
