@@ -147,6 +147,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     pretraining: ClassVar[str] = ""  # trainer that this one is meant to start from, if any
     views: ClassVar[tuple[str, ...]] = ()  # further views of unlabelled patches, see data.views
     meta: ClassVar[tuple[str, ...]] = ()  # values per sample, see data.loader.META
+    pieces_seen: ClassVar[int] = 1  # annotated cases (2D: slices) from which `keep_largest` judges
     step_cost: ClassVar[float] = 1.0  # in steps of the supervised twin
     step_memory: ClassVar[float] = 1.0  # what a step keeps for backward, in that of the twin
     trained_networks: ClassVar[int] = 1  # each about as large as the plan's
@@ -668,7 +669,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         Args:
             labels: hard pseudo-labels, (B, 1, *), or (B, R, *) bool for regions.
             mode: "on" filters all classes, "off" none, "auto" those that are one piece in at
-                least 95 % of the annotated training cases (2D: slices).
+                least 95 % of the annotated training cases (2D: slices), if enough show them.
         """
         if mode == "off":
             return labels
@@ -691,7 +692,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         label_sets = [s if isinstance(s, list | tuple) else (s,) for s in sets]
         training_cases, _ = self.get_tr_and_val_datasets()
         slices = len(self.configuration_manager.patch_size) == 2
-        single = single_piece(training_cases, label_sets, slices)
+        single = single_piece(training_cases, label_sets, slices, least=self.pieces_seen)
         return single if self.regions else [label_sets[i][0] for i in single]
 
     def draw(self) -> float:
@@ -1247,12 +1248,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         return train, val
 
-    def patch_share(self) -> float:
-        """Return how much of a case of median size one patch holds, at most 1."""
+    def patch_share(self, of_slice: bool = False) -> float:
+        """Return how much of a case of median size one patch holds, at most 1.
+
+        Args:
+            of_slice: in 2D, how much of one slice.
+        """
         case = self.configuration_manager.median_image_size_in_voxels
         patch = self.configuration_manager.patch_size
         share = math.prod(min(p / n, 1) for p, n in zip(patch, case, strict=True))
-        if len(patch) == 2:  # one slice
+        if len(patch) == 2 and not of_slice:
             share /= self.plans_manager.plans["original_median_shape_after_transp"][0]
         return share
 

@@ -12,6 +12,7 @@ def single_piece(
     label_sets: Sequence[Sequence[int]],
     slices: bool,
     share: float = 0.95,
+    least: int = 1,
 ) -> list[int]:
     """Return the label sets that are one connected component in nearly all annotated cases.
 
@@ -20,6 +21,7 @@ def single_piece(
         label_sets: the labels of each class or region.
         slices: look at each slice along the first axis instead of whole cases (2D patches).
         share: share of the cases, or slices, with the class that must show a single component.
+        least: so many of them must show the class; fewer do not tell.
 
     Returns:
         Indices into `label_sets`, ascending.
@@ -38,4 +40,5 @@ def single_piece(
                     )
                     present[i] += 1
                     single[i] += count == 1
-    return [i for i in range(len(label_sets)) if present[i] and single[i] >= share * present[i]]
+    enough = present >= max(1, least)
+    return [int(i) for i in np.flatnonzero(enough & (single >= share * present))]

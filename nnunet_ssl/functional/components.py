@@ -1,4 +1,4 @@
-"""Largest connected component. Slow: the labels travel to the CPU and back."""
+"""Largest connected component. It waits: the labels travel to the CPU and back."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ def largest_component(
 ) -> Tensor:
     """Keep each foreground class's largest component per sample; the others become 0.
 
-    Waits for the device; in 3D expect a tenth of a second per patch. Wrong for classes that come in
-    several parts, and a patch may cut one organ in two.
+    Waits for the device; in 3D it takes some hundredths of a second per patch. Wrong for classes
+    that come in several parts, and a patch may cut one organ in two.
 
     Args:
         labels: (B, 1, *) integers in [0, num_classes).
@@ -27,8 +27,9 @@ def largest_component(
     Source: Bai et al. 2023, arXiv:2305.00673 (code).
     """
     classes = range(1, num_classes) if classes is None else classes
-    kept = np.stack([_kept_voxels(sample, classes) for sample in labels[:, 0].cpu().numpy()])
-    return torch.where(torch.from_numpy(kept).to(labels.device)[:, None], labels, 0)
+    small = labels[:, 0].to(torch.uint8 if num_classes <= 256 else torch.int32)  # travels faster
+    dropped = np.stack([_smaller_pieces(sample, classes) for sample in small.cpu().numpy()])
+    return torch.where(torch.from_numpy(dropped).to(labels.device)[:, None], 0, labels)
 
 
 def largest_component_regions(mask: Tensor) -> Tensor:
@@ -44,19 +45,23 @@ def largest_component_regions(mask: Tensor) -> Tensor:
     return largest_component(flat, num_classes=2).bool().view(mask.shape)
 
 
-def _kept_voxels(labels: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+def _smaller_pieces(labels: np.ndarray, classes: Sequence[int]) -> np.ndarray:
     import cc3d  # comes with nnU-Net; imported where needed because few methods filter
 
     components, number = cc3d.connected_components(
-        labels.astype(np.int32), connectivity=8 if labels.ndim == 2 else 26, return_N=True
+        labels, connectivity=8 if labels.ndim == 2 else 26, return_N=True
     )
-    sizes = np.bincount(components.ravel(), minlength=number + 1)
-    class_of = np.zeros(number + 1, dtype=np.int32)
-    class_of[components.ravel()] = labels.ravel()
-    keep = np.ones(number + 1, dtype=bool)
+    foreground = np.flatnonzero(labels)  # mostly few voxels
+    component, label = components.ravel()[foreground], labels.ravel()[foreground]
+    sizes = np.bincount(component, minlength=number + 1)
+    class_of = np.zeros(number + 1, dtype=labels.dtype)
+    class_of[component] = label
+    drop = np.zeros(number + 1, dtype=bool)
     for k in classes:
         members = np.flatnonzero(class_of == k)
         if len(members):
-            keep[members] = False
-            keep[members[sizes[members].argmax()]] = True
-    return keep[components]
+            drop[members] = True
+            drop[members[sizes[members].argmax()]] = False
+    dropped = np.zeros(labels.size, dtype=bool)
+    dropped[foreground[drop[component]]] = True
+    return dropped.reshape(labels.shape)

@@ -64,6 +64,10 @@ def test_share_counts_only_cases_with_the_class():
     assert single_piece(dataset(*[whole] * 19, split, *[absent] * 50), [(1,)], False) == [0]
     assert single_piece(dataset(*[whole] * 18, split, *[absent] * 50), [(1,)], False) == []
     assert single_piece(dataset(absent), [(1,)], False) == []
+    cases = dataset(*[whole] * 20, *[absent] * 5)
+    assert single_piece(cases, [(1,)], False, least=20) == [0]
+    assert single_piece(cases, [(1,)], False, least=21) == []
+    assert single_piece(cases, [(1,)], True, least=21) == []  # in one slice of each
 
 
 def test_region_of_two_labels_is_one_piece_where_its_parts_are_not():

@@ -536,6 +536,44 @@ def test_patches_drawn_around_foreground_do_not_count_as_class_shares(nnunet, ma
     assert not torch.equal(*shares)
 
 
+def two_pieces(trainer):
+    """Probabilities (1, K, 32, 32) with 16 and 4 voxels of class 1, apart, all of them sure."""
+    label = torch.zeros(1, 1, 32, 32, dtype=torch.int64)
+    label[..., 2:6, 2:6] = label[..., 20:22, 20:22] = 1
+    return 0.98 * torch.zeros(1, trainer.num_heads, 32, 32).scatter(1, label, 1.0) + 0.005, label
+
+
+@pytest.mark.parametrize(
+    ("mode", "dataset", "share", "kept"),
+    [
+        ("auto", "Toy", None, 16),
+        ("off", "Toy", None, 20),
+        ("auto", "Toy", 0.2, 20),  # a patch may cut an organ in two
+        ("on", "Toy", 0.2, 16),
+        ("auto", "Ignore", None, 20),  # partial annotations do not tell
+    ],
+)
+def test_smaller_pieces_become_background(mode, dataset, share, kept, make_trainer, monkeypatch):
+    trainer = start(make_trainer(f"SSLTrainer+largest_component={mode}", dataset, "2d"))
+    batch = next_batch(trainer)
+    batch.x_u, batch.valid_u = batch.x_l[:1], torch.ones_like(batch.valid_l[:1])
+    batch.forced_fg_u = torch.zeros(1, dtype=torch.bool)
+    prob, label = two_pieces(trainer)
+    monkeypatch.setattr(trainer, "teacher_prob", lambda x: prob)
+    if share is not None:
+        monkeypatch.setattr(trainer, "patch_share", lambda of_slice: share)
+    labels, counted = trainer.label(batch)
+    assert (labels == 1).sum() == kept and torch.equal(labels[..., :10], label[..., :10])
+    assert counted.all()  # the smaller piece teaches background
+
+
+def test_few_annotated_cases_do_not_tell_that_a_class_is_one_piece(make_trainer):
+    flat, whole = (start(make_trainer("SSLTrainer", "Toy", c)) for c in ("2d", "3d_fullres"))
+    assert flat._find_single_piece() == [1, 2]  # from slices
+    assert whole._find_single_piece() == []  # three scans
+    assert start(make_trainer("SSLTrainerBCP", "Toy", "3d_fullres"))._find_single_piece() == [1, 2]
+
+
 # ---------------------------------------------------------------- phases
 
 
