@@ -10,6 +10,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "elsewhere and not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
