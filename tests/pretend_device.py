@@ -48,7 +48,7 @@ SINGLE_RESULT = """prod prod.dim_int softmax.int log_softmax.int cumprod cumsum 
 WIDEST = """addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot
     scatter_add cat stack"""
 waits: list[str] = []  # operations for which a GPU would have to finish all its work first
-_libraries: list[torch.library.Library] = []
+_kernels: list[torch.library.Library] = []
 
 
 class Elsewhere(Tensor):
@@ -169,7 +169,7 @@ def must_wait(func: Any, args: tuple, kwargs: dict) -> bool:
 
 def register() -> None:
     """Tell PyTorch of the device, once a process."""
-    if _libraries:
+    if _kernels:
         return
 
     class Module(backend_registration._DummyBackendModule):
@@ -195,7 +195,7 @@ def register() -> None:
             op = getattr(getattr(torch.ops.aten, packet), overload or "default")
             aten.impl(name, partial(autocast, op, cast), KEY.name)
     aten.impl("binary_cross_entropy", refuse, KEY.name)
-    _libraries.extend([aten, rest])
+    _kernels.extend([aten, rest])
 
 
 def make(op: Any, *args: Any, **kwargs: Any) -> Tensor:

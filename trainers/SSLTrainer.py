@@ -316,8 +316,9 @@ class SSLTrainer(SemiSupervisedTrainer):
         do not tell.
         """
         mode = self.largest_component
-        if self.label_manager.has_ignore_label or self.patch_share(of_slice=True) < LEAST_PATCH:
-            mode = "off" if mode == "auto" else mode
+        small = self.patch_share(of_slice=True) < LEAST_PATCH
+        if mode == "auto" and (small or self.label_manager.has_ignore_label):
+            mode = "off"  # Deviates: BCP keeps the largest of every class in every patch
         return self.keep_largest(labels, mode)
 
     def strong_view(

@@ -23,7 +23,10 @@ def elsewhere(monkeypatch):
     with pretended_device() as device:
         try:
             torch.ones(1, device=device, requires_grad=True).sum().backward()
-        except RuntimeError:  # PyTorch starts its threads, one a device, with the first gradient
+        except RuntimeError as error:
+            # PyTorch starts its threads, one a device, with the first gradient
+            if "device_ready_queues_" not in str(error):
+                raise
             pytest.skip("takes a process of its own: pytest -m elsewhere")
         yield device
 
