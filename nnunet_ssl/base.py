@@ -94,6 +94,11 @@ NNUNET_SETTINGS = (
 )
 
 
+def cpu_has_bf16() -> bool:
+    """Return whether this CPU computes in bfloat16; others emulate it, many times slower."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @dataclass
 class Phase:
     """One of the updates that a step consists of.
@@ -169,7 +174,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     ema_decay: float | Literal["auto"] | None = "auto"  # weight of the teacher's old value a step
     labeled_mix: float = 0.0  # share of the steps whose annotated patches show boxes of each other
     keep_at: tuple[float, ...] = ()  # fractions of training at which weights are kept
-    bf16_on_cpu: bool = False  # autocast to bfloat16 on a CPU; about twice as fast where it has it
+    bf16_on_cpu: bool = False  # autocast to bfloat16 on a CPU that has it; about twice as fast
 
     # ------------------------------------------------------------------ settings
 
@@ -332,6 +337,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.initialize()
         self.check_data()
         super().on_train_start()
+        if self.device.type == "cpu" and self.bf16_on_cpu and not cpu_has_bf16():
+            self.print_to_log_file(
+                "WARNING: this CPU has no bfloat16, so bf16_on_cpu has no effect: float32 is used."
+            )
         self._history = History(self.output_folder, writes=self.local_rank == 0)
         if self._resumed is None:
             if self.local_rank == 0:
@@ -838,7 +847,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # the gradient of a later pass through the same network.
         if self.device.type == "cuda":
             return torch.autocast("cuda", cache_enabled=False)
-        if self.device.type == "cpu" and self.bf16_on_cpu:
+        if self.device.type == "cpu" and self.bf16_on_cpu and cpu_has_bf16():
             return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
         return nullcontext()
 

@@ -65,6 +65,12 @@ def make_trainer(nnunet, no_plots):
 
 
 @pytest.fixture
+def every_cpu_has_bf16(monkeypatch):
+    """Let `bf16_on_cpu` work on every CPU, slowly where it is only emulated."""
+    monkeypatch.setattr("nnunet_ssl.base.cpu_has_bf16", lambda: True)
+
+
+@pytest.fixture
 def compile_on_cpu(monkeypatch):
     """Return a function that switches `torch.compile` on where nnU-Net has none.
 

@@ -255,6 +255,7 @@ def test_the_peer_keeps_its_deep_supervision_after_validation(ready):
     assert all(network.decoder.deep_supervision for network in trainer.parts().values())
 
 
+@pytest.mark.usefixtures("every_cpu_has_bf16")
 def test_every_parameter_learns_under_autocast(ready):
     trainer, _ = ready("SSLTrainerCPS+rampup=0+box_mix=true+bf16_on_cpu=true")
     trainer.train_step(next(trainer.dataloader_train))

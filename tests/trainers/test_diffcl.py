@@ -408,6 +408,7 @@ def test_noise_comes_from_the_generator_that_checkpoints_keep(make_trainer):
     assert torch.allclose(a.sum(1), torch.ones_like(a[:, 0])) and not a.requires_grad
 
 
+@pytest.mark.usefixtures("every_cpu_has_bf16")
 @pytest.mark.parametrize("size", [1, 3])
 def test_any_batch_size_and_bfloat16_train(size, make_trainer):
     trainer = make_trainer(FULL + "+bf16_on_cpu=True", "Channels", "2d")

@@ -114,6 +114,7 @@ def test_pretrained_weights_of_two_networks_are_refused_by_nnunet(name, make_tra
         load_pretrained_weights(trainer.network, str(tmp_path / "pair.pth"))
 
 
+@pytest.mark.usefixtures("every_cpu_has_bf16")
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_any_batch_size_and_bfloat16_train(name, size, make_trainer):

@@ -959,3 +959,17 @@ def test_drift_is_told_when_it_begins_and_every_fifty_epochs(make_trainer, monke
             told.append(epoch)
             assert len(said) == 1 and "confirm their own mistakes" in said.pop()
     assert told == [22, 71, 121]  # the first epoch after the ramp, then the 50th and 100th
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bfloat16_only_on_a_cpu_that_has_it(has_bf16, make_trainer, monkeypatch, capsys):
+    monkeypatch.setattr(base, "cpu_has_bf16", lambda: has_bf16)
+    trainer = start(make_trainer("SSLTrainerSupervised+bf16_on_cpu=true", "Toy", "2d"))
+    found = []
+    trainer.student.register_forward_hook(lambda m, x, out: found.append(full_res(out).dtype))
+    trainer.train_step(next(trainer.dataloader_train))
+    assert found == [torch.bfloat16 if has_bf16 else torch.float32]
+    assert ("this CPU has no bfloat16" in capsys.readouterr().out) is not has_bf16

@@ -119,6 +119,7 @@ def test_the_teacher_can_label_and_predict(ready, monkeypatch):
     assert trainer.deployed_network() is trainer.teacher
 
 
+@pytest.mark.usefixtures("every_cpu_has_bf16")
 def test_every_parameter_learns_under_autocast(ready):
     trainer, _ = ready(FULL + "+bf16_on_cpu=true")
     trainer.train_step(next(trainer.dataloader_train))
