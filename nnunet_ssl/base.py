@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from multiprocessing import Value
 from pathlib import Path
 from time import time
@@ -76,8 +77,10 @@ check_nnunet_version()
 Terms = dict[str, Tensor]
 LABELED_BOX = (0.3, 0.8)  # sides of a box between annotated patches, as fractions of the patch
 GRADIENT_CLIP = 12  # nnU-Net's, per module
-# a class whose share among pseudo-labels is under this part of its share among labels is lost
+# a class is lost or inflated whose share among pseudo-labels is under or above its share among
+# labels by these factors
 COLLAPSE_RATIO = 0.05
+GROWTH_RATIO = 3
 SEARCH_SHARE = 0.01  # of the training's passes, that one search for foreground takes at most
 UNET_NAMES = tuple(cls.__name__ for cls in UNETS)
 
@@ -842,11 +845,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.ema_decay is not None:
             self.teacher.eval()
 
-    def _autocast(self) -> AbstractContextManager:
-        # No cache of cast weights: before PyTorch 2.10 one that was filled without gradient cuts
-        # the gradient of a later pass through the same network.
+    def _autocast(self, cache: bool = False) -> AbstractContextManager:
+        # No cache of cast weights in a step: before PyTorch 2.10 one that was filled without
+        # gradient cuts the gradient of a later pass through the same network.
         if self.device.type == "cuda":
-            return torch.autocast("cuda", cache_enabled=False)
+            return torch.autocast("cuda", cache_enabled=cache)
         if self.device.type == "cpu" and self.bf16_on_cpu and cpu_has_bf16():
             return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
         return nullcontext()
@@ -1069,14 +1072,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._warn_of_non_finite()
         self._history.append(record)
         self._log_externally(record)
-        self._warn_if_collapsed(record)
+        self._warn_of_shares(record)
         for fraction in self.keep_at:
             reached = epoch < fraction * self.num_epochs <= epoch + 1
             if reached and not self.disable_checkpointing and self.local_rank == 0:
                 kept = Path(self.output_folder) / f"checkpoint_at_{100 * fraction:g}.pth"
                 checkpoints.save_checkpoint(self._prediction_state(), kept)
         super().on_epoch_end()
-        self._history.plot()
+        if (epoch + 1) % self.save_every == 0 or epoch + 1 == self.num_epochs:
+            self._history.plot()
 
     def _warn_of_non_finite(self) -> None:
         """Tell how many steps of the epoch were left out, wholly or in part; count anew."""
@@ -1101,35 +1105,36 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                     for logger in self.logger.loggers:
                         logger.log(key, number, record["epoch"])
 
-    def _warn_if_collapsed(self, record: dict) -> None:
-        """Tell which classes the pseudo-labels lose: for three epochs, then every fifty."""
+    def _warn_of_shares(self, record: dict) -> None:
+        """Tell which classes pseudo-labels lose or inflate: for three epochs, then every fifty."""
         # Partial annotations do not tell true volumes, and early on no class is known yet.
         if self.label_manager.has_ignore_label or record["progress"] < 0.15:
             return
         for k, expected in enumerate(record["shares"].get("labels") or []):
-            streak = 0
-            for past in reversed(self._history.records):
-                if not self._is_lost(past, k):
-                    break
-                streak += 1
-            if streak != 3 and (streak == 0 or streak % 50):
+            trend = self._trend_of_share(record, k)
+            trends = (self._trend_of_share(r, k) for r in reversed(self._history.records))
+            streak = sum(1 for _ in takewhile(trend.__eq__, trends))
+            if not trend or (streak != 3 and streak % 50):
                 continue
             found = record["shares"]["pseudo"][k]
             self.print_to_log_file(
-                f"WARNING: the pseudo-labels are losing {'region' if self.regions else 'class'} "
+                f"WARNING: the pseudo-labels are {trend} {'region' if self.regions else 'class'} "
                 f"{k + 1}: it fills {100 * found:.3f} % of the pseudo-labelled voxels but "
                 f"{100 * expected:.3f} % of the annotated ones. If this stays so, the unlabelled "
-                f"scans may not show it, or training collapses: compare with "
+                f"scans may be of another kind, or training collapses: compare with "
                 f"SSLTrainerSupervised, annotate more cases, or check imagesUn."
             )
 
     @staticmethod
-    def _is_lost(record: dict, k: int) -> bool:
+    def _trend_of_share(record: dict, k: int) -> str:
         found, expected = (
             (record["shares"].get(name) or [None] * (k + 1))[k] for name in ("pseudo", "labels")
         )
-        known = found is not None and expected is not None and expected > 1e-5
-        return known and found < COLLAPSE_RATIO * expected
+        if found is None or expected is None or expected <= 1e-5:
+            return ""
+        if found < COLLAPSE_RATIO * expected:
+            return "losing"
+        return "inflating" if found > GROWTH_RATIO * expected else ""
 
     # ------------------------------------------------------------------ data
 

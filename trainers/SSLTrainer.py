@@ -190,15 +190,16 @@ class SSLTrainer(SemiSupervisedTrainer):
         with self._autocast():
             prob = self.teacher_prob(x.to(self.device, non_blocking=True))
         counted = self.companions["thresholds"].mask(prob) & valid.to(self.device)
-        return hard_labels(prob, self.regions).cpu(), counted.cpu()
+        return hard_labels(prob, self.regions), counted
 
     def look_again(self, x: Tensor, valid: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the student's decisions on a strong view, and labels and validity moved alike."""
-        x, valid, labels = (t.to(self.device, non_blocking=True) for t in (x, valid, labels))
-        with checkpoint.own_randomness(0, self.device), self._autocast():
+        x, valid = (t.to(self.device, non_blocking=True) for t in (x, valid))
+        # with a cache as in nnU-Net's validation, so that one compiled graph serves both
+        with checkpoint.own_randomness(0, self.device), self._autocast(cache=True):
             x, labels, _, valid = self.strong_view(x, labels, valid, valid)
             prob = to_prob(full_res(self.student(x)), self.regions)
-        return hard_labels(prob, self.regions).cpu(), labels.cpu(), valid.cpu()
+        return hard_labels(prob, self.regions), labels, valid
 
     def on_train_end(self) -> None:
         """Say so if the training was too short for unlabelled patches to count."""

@@ -72,7 +72,7 @@ class SSLTrainerC3S3(TwoNetworkTrainer):
     sharpening: float = 0.1  # T
     view_weight: float = 1.0  # of cos
     contrast: Literal["intended", "released"] = "intended"
-    contrast_weight: float = 0.5  # lambda; not published, the released form has 8
+    contrast_weight: float = 0.05  # lambda; not published, the released form has 8
     contrast_temperature: float = 0.1  # tau
     contrast_samples: int = 1024  # voxels of the labelled, and of the unlabelled patches
     embedding: int = 64  # channels in which voxels are compared

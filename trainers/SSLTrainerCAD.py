@@ -65,8 +65,10 @@ class SSLTrainerCAD(CopyPasteTrainer):
     an oversized region is clipped to its least confident window.
 
     Deviates from ABD: weak is nnU-Net's augmentation, since no weaker view of labelled patches is
-    made; strong adds intensity changes and a box of noise, whose voxels student 2 does not learn
-    (ABD: learns as background); nnU-Net's Dice and CE + Dice as in `SSLTrainerBCP`, its poly
+    made; strong adds intensity changes and a box of noise, where student 2 has nothing to teach
+    and learns from student 1 alone (ABD: background, or the teacher's label of the noise); the
+    source is always the closest of the candidates (ABD: in half of the samples the surest one);
+    nnU-Net's Dice and CE + Dice as in `SSLTrainerBCP`, its poly
     schedule and momentum; 2B patches make B mixes, and the two displaced views are scored one by
     one, for memory; f2 starts as a copy of f1 when the second stage starts, at its last, not best,
     weights; with `pretrain=0` it has random weights of its own; the mutual losses ramp up; largest
@@ -157,7 +159,8 @@ class SSLTrainerCAD(CopyPasteTrainer):
         self.track("weight", ramp)
 
         views = self.make_views(batch, true_voxels)
-        terms, maps = self.losses_on_mixes(batch, views, true_voxels, valid, ramp)
+        seen = [valid & view.kept for view in views]
+        terms, maps = self.losses_on_mixes(batch, views, true_voxels, seen, ramp)
         yield terms
         del terms  # nothing of this chunk stays while the next one is built
         weight = ramp * self.displaced_weight
@@ -167,13 +170,13 @@ class SSLTrainerCAD(CopyPasteTrainer):
         for own, other in ((0, 1), (1, 0)):  # from the views as they were
             windows = self.choose(maps[own], maps[other])
             x = self.displaced(views[own].x, views[other].x, windows)
-            counted = self.displaced(valid, valid, windows)
+            counted = self.displaced(seen[own], seen[other], windows)
             # Deviates: published on both displaced views at once
             outputs = self.student(x), self.peer(x)
             prob = [to_prob(full_res(output).detach(), self.regions) for output in outputs]
             labels = [hard_labels(p, self.regions) for p in prob]
             del prob
-            terms = {"unsup_displaced": weight / 2 * self.mutual(outputs, labels, counted)}
+            terms = {"unsup_displaced": weight / 2 * self.mutual(outputs, labels, [counted] * 2)}
             del outputs
             yield terms
             del terms
@@ -212,7 +215,7 @@ class SSLTrainerCAD(CopyPasteTrainer):
         batch: Batch,
         views: tuple[View, View],
         true_voxels: Tensor,
-        valid: Tensor,
+        seen: list[Tensor],
         ramp: float,
     ) -> tuple[Terms, Tensor]:
         """Return L_mix and L_cps of both students, and the coarse maps of both views.
@@ -221,13 +224,15 @@ class SSLTrainerCAD(CopyPasteTrainer):
             batch: the step's data.
             views: of student 1 and of student 2.
             true_voxels: (B, 1, *) bool, where the mixes show labelled patches.
-            valid: (B, 1, *) bool, False on padding of either patch.
+            seen: (B, 1, *) bool for each view, False on padding of either patch and on noise.
             ramp: factor on the mutual loss.
         """
         outputs = self.student(views[0].x), self.peer(views[1].x)
         prob = [to_prob(full_res(output).detach(), self.regions) for output in outputs]
-        cell = self.cell(valid.shape[2:])
-        maps = torch.stack([coarse_maps(p, valid, cell, self.regions) for p in prob])
+        cell = self.cell(true_voxels.shape[2:])
+        maps = torch.stack(
+            [coarse_maps(p, s, cell, self.regions) for p, s in zip(prob, seen, strict=True)]
+        )
         labels = [hard_labels(p, self.regions) for p in prob]
         del prob
         pseudo_voxels = ~true_voxels & batch.valid_u
@@ -241,14 +246,23 @@ class SSLTrainerCAD(CopyPasteTrainer):
         terms = {"sup": sum(sup), "unsup": self.unsup_weight * sum(unsup)}
         weight = ramp * self.cps_weight
         if weight > 0:
-            terms["unsup_cps"] = weight * self.mutual(outputs, labels, valid)
+            # who sees noise labels nothing there, but learns what the other one saw
+            terms["unsup_cps"] = weight * self.mutual(outputs, labels, seen)
         return terms, maps
 
-    def mutual(self, outputs: tuple[Any, Any], labels: list[Tensor], valid: Tensor) -> Tensor:
-        """Return the Dice of each student to the other one's labels, full resolution, summed."""
+    def mutual(
+        self, outputs: tuple[Any, Any], labels: list[Tensor], sure_of: list[Tensor]
+    ) -> Tensor:
+        """Return the Dice of each student to the other one's labels, full resolution, summed.
+
+        Args:
+            outputs: of student 1 and of student 2.
+            labels: of both.
+            sure_of: (B, 1, *) bool, where each one's labels count.
+        """
         first, second = (
-            squared_dice_loss(full_res(output), label, valid, self.regions)
-            for output, label in zip(outputs, labels[::-1], strict=True)
+            squared_dice_loss(full_res(output), label, counted, self.regions)
+            for output, label, counted in zip(outputs, labels[::-1], sure_of[::-1], strict=True)
         )
         return first + second
 

@@ -62,8 +62,9 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
     They are compared with the latest 512 samples, not with those of the epoch. A sample without an
     ellipse, as of an empty mask, has no weight; the released one teaches "no head". Points on the
     frame and on padding are left out of the fit. Both stages are one run, the second with the last
-    weights. nnU-Net's CE + Dice for half of BCE + Dice + focal loss, its labelled augmentation, its
-    optimiser, B labelled and B unlabelled patches; other classes get no unlabelled term. Images are
+    weights. nnU-Net's CE + Dice for half of BCE + Dice + focal loss, about twice as large, so that
+    lambda = 1 weighs half of what it did; its labelled augmentation, its optimiser, B labelled and
+    B unlabelled patches; other classes get no unlabelled term. Images are
     not stretched to [0, 1] after each intensity change; pixels whose mirror image is outside the
     patch do not count; pixels on the axis belong to one side, not to both.
 

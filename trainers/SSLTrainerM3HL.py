@@ -22,6 +22,27 @@ from nnunet_ssl.functional import (
 from nnunet_ssl.modules import Tapped
 
 
+@torch.no_grad()
+def patch_spread(feature: Tensor) -> Tensor:
+    """Return how much features differ between patches, beside how much they vary at all.
+
+    Features that are the same for every patch, which would satisfy the consistency, give 0. A
+    common factor changes nothing.
+
+    Args:
+        feature: (B, C, *).
+
+    Returns:
+        Scalar float32: standard deviation over patches at a place, over that of all voxels of a
+        channel, each averaged over channels; about 1 for unrelated patches, NaN for a single one.
+    """
+    feature = feature.float()
+    if len(feature) == 1:
+        return feature.new_tensor(torch.nan)
+    between = feature.std(0).mean()
+    return between / feature.transpose(0, 1).flatten(1).std(1).mean().clamp_min(1e-6)
+
+
 class SSLTrainerM3HL(CopyPasteTrainer):
     """M3HL: block-wise mixes, and features of mixes that follow those of unlabelled patches.
 
@@ -49,7 +70,8 @@ class SSLTrainerM3HL(CopyPasteTrainer):
     small; nnU-Net's Dice and CE + Dice as in `SSLTrainerBCP`; 2B patches make B mixes; of an odd
     batch the middle sample is mixed in one direction, drawn, and follows its own patch only;
     largest components only of classes that are one piece (`largest_component=on` is the released
-    form); no dropout in the teacher; padding of unlabelled patches has no pseudo-label.
+    form); no dropout in the teacher; padding of unlabelled patches has no pseudo-label; nnU-Net's
+    augmentation, and its optimiser, whose steps are ten times as large (momentum 0.99 for 0.9).
     """
 
     method: ClassVar[str] = "M3HL, mutual mask mix"
@@ -66,7 +88,7 @@ class SSLTrainerM3HL(CopyPasteTrainer):
     ratio: float = 0.5  # share of the cells in M
     ratio_spread: float = 0.0  # half width of the range around it that each step draws from
     feature_weight: float = 0.5  # w, weight of L_low + L_high
-    feature_rampup: float = 0.0  # fraction of training until w; released 0
+    feature_rampup: float = 0.0  # fraction of the second stage until w; released 0
     # compare only where the mix shows that unlabelled patch; released False
     masked_features: bool = False
 
@@ -98,11 +120,10 @@ class SSLTrainerM3HL(CopyPasteTrainer):
         del prob  # not needed while the student runs
         true_voxels = self.draw_true_voxels(x_u)
         mixed = self.tap(self.student, torch.where(true_voxels, batch.x_l, x_u))
-        # features of all patches alike would satisfy the consistency; their spread tells
-        spread = mixed.feature.detach().transpose(0, 1).flatten(1).std(1).float().mean()
-        self.track("feature_spread", spread)
+        self.track("feature_spread", patch_spread(mixed.feature))
         terms = self.mix_loss(mixed.output, batch, pseudo_label, true_voxels)
-        weight = self.feature_weight * sigmoid_rampup(self.progress, self.feature_rampup)
+        second_stage = (self.progress - self.pretrain) / (1 - self.pretrain)
+        weight = self.feature_weight * sigmoid_rampup(second_stage, self.feature_rampup)
         self.track("feature_weight", weight)
         if weight > 0:
             low, high = self.feature_distances(mixed, aim, ~true_voxels)

@@ -311,10 +311,11 @@ class SSLTrainerSPCLPretrain(SelfPacedContrast):
 
     Deviates: gamma in units of the batch (first: log of the positives a sample + `gamma_start`;
     last: `gamma_end` times the largest possible loss), because the published values do not carry
-    over; at the published batch they are the same. nnU-Net's network, crops and augmentation.
-    Parts of equal size. 3D: each slice of the lowest feature map is a sample, its part known from a
-    map of positions that goes through the augmentation with the patch. A meta-label that is the
-    same everywhere is left out.
+    over; `gamma_start=0.06+gamma_end=1.83` are the published ones of partition at the published
+    batch. Parts are of equal size, of the scan as nnU-Net crops it (to what is not 0). nnU-Net's
+    network, crops and augmentation. 3D: each slice of the lowest feature map is a sample, its part
+    known from a map of positions that goes through the augmentation with the patch. A meta-label
+    that is the same everywhere is left out.
     """
 
     method: ClassVar[str] = "Self-paced contrastive pre-training"

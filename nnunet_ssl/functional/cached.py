@@ -9,6 +9,7 @@ from torch import Tensor
 T = TypeVar("T")
 Outputs = tuple[Tensor, ...]
 Terms = dict[str, Tensor]
+Gradients = list[Tensor | None]  # one an output, None where the loss does not depend on it
 Joint = Callable[[list[Outputs]], Terms | Iterable[Terms]]
 
 
@@ -36,7 +37,8 @@ def cached_gradients(
 
     Yields:
         One dict per chunk that the loss depends on. The values of the joint loss stand in the
-        first; the others are 0. All gradient flows through the first name.
+        first; the others are 0. All gradient of the names with one beginning ("sup", "unsup": what
+        stands before the first "_") flows through the first of them.
 
     Source: Gao et al. 2021, arXiv:2101.06983 (gradient cache).
     """
@@ -45,17 +47,17 @@ def cached_gradients(
     if first is not None:
         outputs.insert(0, first)
     values, found = _gradients_at(outputs, joint)
-    name, ahead = next(iter(values)), first is not None
+    ahead = first is not None
     del outputs
     for i, grads in enumerate(found):
         chunk, first = first, None
-        if all(g is None for g in grads):
+        if not grads:
             continue  # the loss does not depend on this chunk
         if chunk is None:
             chunk = forward(inputs[i - ahead])
         carried = _carry(chunk, grads)
         del chunk
-        yield {**values, name: values[name] + carried} if values else {name: carried}
+        yield values | {name: values.get(name, 0) + value for name, value in carried.items()}
         del carried
         values = {}
 
@@ -71,37 +73,58 @@ def early_gradients(outputs: Outputs, joint: Joint) -> Terms:
         joint: as for `cached_gradients`, with one chunk.
 
     Returns:
-        The values by name. All gradient flows through the first name.
+        The values by name. Gradient as in `cached_gradients`.
     """
     values, (grads,) = _gradients_at([outputs], joint)
-    name = next(iter(values))
-    return {**values, name: values[name] + _carry(outputs, grads)}
+    carried = _carry(outputs, grads)
+    return values | {name: values[name] + value for name, value in carried.items()}
 
 
 def _gradients_at(
     outputs: Sequence[Outputs], joint: Joint
-) -> tuple[Terms, list[list[Tensor | None]]]:
-    """Return the values of a loss and its gradient at each output of each chunk."""
+) -> tuple[Terms, list[dict[str, Gradients]]]:
+    """Return the values of a loss, and for each chunk its gradient at each output.
+
+    The gradient of a chunk is given by the names of terms that carry it.
+    """
     leaves = [tuple(t.detach().float().requires_grad_() for t in chunk) for chunk in outputs]
     flat = [t for chunk in leaves for t in chunk]
-    found: list[Tensor | None] = [None] * len(flat)
+    carriers: dict[str, str] = {}  # beginning of a name -> the first such name
+    found: dict[str, Gradients] = {}
     values: Terms = {}
     with torch.enable_grad():
         result = joint(leaves)
         for terms in [result] if isinstance(result, dict) else result:
-            total = torch.stack(list(terms.values())).sum()
-            for i, grad in enumerate(torch.autograd.grad(total, flat, allow_unused=True)):
-                old = found[i]
-                found[i] = grad if old is None else old if grad is None else old + grad
+            totals: Terms = {}
             for key, value in terms.items():
+                carrier = carriers.setdefault(key.partition("_")[0], key)
+                totals[carrier] = totals[carrier] + value if carrier in totals else value
                 values[key] = values.get(key, 0) + value.detach()
-            del terms, total
+            del terms
+            while totals:
+                carrier, total = totals.popitem()
+                grads = torch.autograd.grad(
+                    total, flat, allow_unused=True, retain_graph=bool(totals)
+                )
+                old = found.get(carrier, [None] * len(flat))
+                found[carrier] = [
+                    b if a is None else a if b is None else a + b
+                    for a, b in zip(old, grads, strict=True)
+                ]
+            del total
     ends = [sum(len(chunk) for chunk in leaves[: i + 1]) for i in range(len(leaves))]
-    return values, [found[end - len(chunk) : end] for end, chunk in zip(ends, leaves, strict=True)]
+    per_chunk = []
+    for end, chunk in zip(ends, leaves, strict=True):
+        own = {name: grads[end - len(chunk) : end] for name, grads in found.items()}
+        per_chunk.append({n: g for n, g in own.items() if any(t is not None for t in g)})
+    return values, per_chunk
 
 
-def _carry(outputs: Outputs, grads: Sequence[Tensor | None]) -> Tensor:
-    """Return a 0 whose gradient at the outputs is the given one."""
-    products = [(t.float() * g).sum() for t, g in zip(outputs, grads, strict=True) if g is not None]
-    surrogate = torch.stack(products).sum()
-    return surrogate - surrogate.detach()
+def _carry(outputs: Outputs, grads: dict[str, Gradients]) -> Terms:
+    """Return for each name a 0 whose gradient at the outputs is the given one."""
+    carried = {}
+    for name, of_name in grads.items():
+        pairs = zip(outputs, of_name, strict=True)
+        surrogate = torch.stack([(t.float() * g).sum() for t, g in pairs if g is not None]).sum()
+        carried[name] = surrogate - surrogate.detach()
+    return carried

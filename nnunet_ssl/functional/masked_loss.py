@@ -42,5 +42,6 @@ def masked_ce_dice(
     else:
         label = torch.where(keep, target, -1)[:, 0].long()
         total = cross_entropy(logits, label, ignore_index=-1, reduction="sum")
-        target = torch.where(keep, target, 0)
+        # nnU-Net's type of masks, also for pseudo-labels: each type compiles the Dice once more
+        target = torch.where(keep, target, 0).short()
     return ce_weight * total / shared_count(keep.sum()) + dice(logits, target, loss_mask=keep)

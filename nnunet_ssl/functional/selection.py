@@ -83,7 +83,9 @@ def outcome_contrast(
 
         mean over anchors p of  - log e^{s_pp} / (e^{s_pp} + sum_q e^{s_pq}),  s = a . b / tau
 
-    Both networks take the part of the anchor in turn; mean over both and over classes with an I.
+    Both networks take the part of the anchor in turn; mean over both and over classes with an I. A
+    class with fewer voxels in I than an equal part of the drawn ones, n / (2 K - 1), counts less by
+    that ratio.
 
     Args:
         a: embeddings of drawn voxels, (n, E), of length 1. Run without autocast.
@@ -97,13 +99,17 @@ def outcome_contrast(
     Returns:
         Scalar; 0 with zero gradient if the networks agree on no foreground voxel.
 
+    Deviates: otherwise the first voxels that networks agree on outweigh the annotated loss.
+
     Source: the aim of He et al. 2025 (C3S3), arXiv:2506.07368; their code is `iuc_contrast`.
     """
     agreed, either = _outcomes(label_a, label_b, num_classes)
     both, keep = agreed & counted[:, None], counted[:, None]
     anchors = torch.cat([both, ~either & keep], 1).float()
     negatives = torch.cat([~agreed & keep, either & keep], 1).float()
-    present = both.any(0).float().repeat(2)
+    present = both.any(0).sum().clamp_min(1)
+    quota = counted.sum() / (2 * num_classes - 1)
+    share = (both.sum(0) / quota.clamp_min(1)).clamp_max(1).repeat(2)
     similarity = a @ b.T / temperature
     loss = similarity.new_zeros(())
     for s in (similarity, similarity.T):
@@ -111,7 +117,7 @@ def outcome_contrast(
         own = s.diagonal()[:, None] - top
         total = own.exp() + (s - top).exp() @ negatives
         mean = ((total.log() - own) * anchors).sum(0) / anchors.sum(0).clamp_min(1)
-        loss = loss + (mean * present).sum() / (present.sum() / 2).clamp_min(1)
+        loss = loss + (mean * share).sum() / present
     return loss / 2
 
 

@@ -64,18 +64,11 @@ class ClassBrake(nn.Module):
         clip(min_k (f_k / g_k) / floor, 0, 1) over watched classes; 1 before the first observation
         of either side.
         """
-        return (self._ratios(unwatched=math.inf) / self.floor).amin().clamp(0, 1)
-
-    @torch.no_grad()
-    def oversegmented(self) -> Tensor:
-        """Return which watched classes the teacher predicts over 5 times too often: (K,) bool."""
-        return self._ratios(unwatched=0.0) > 5
-
-    def _ratios(self, unwatched: float) -> Tensor:
         f = self._unbiased(self.teacher_share, self.teacher_count)
         g = self._unbiased(self.label_share, self.label_count)
         watched = (g > self.min_share) & (self.teacher_count > 0)
-        return torch.where(watched, f / torch.where(watched, g, 1), unwatched)
+        ratios = torch.where(watched, f / torch.where(watched, g, 1), math.inf)
+        return (ratios / self.floor).amin().clamp(0, 1)
 
     def _unbiased(self, average: Tensor, count: Tensor) -> Tensor:
         weight = -torch.expm1(count.clamp_min(1) * math.log(self.decay))  # 1 - decay^count

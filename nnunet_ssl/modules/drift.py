@@ -25,8 +25,8 @@ class DriftGauge:
         chunk: patches a pass.
         label: weak patches (b, C, *) and their validity -> labels and which of them count,
             without gradient.
-        follow: the same -> labels of the trained network on a strong view, and the labels and
-            validity of the first network moved as that view was.
+        follow: the same and the labels -> labels of the trained network on a strong view, and the
+            labels and validity of the first network moved as that view was.
     """
 
     def __init__(
@@ -39,18 +39,10 @@ class DriftGauge:
         label: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         follow: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
     ):
-        self._x, self._valid = x, valid
-        self._classes, self._regions, self._chunk = num_classes, regions, chunk
+        self._patches = list(zip(x.split(chunk), valid.split(chunk), strict=True))
+        self._classes, self._regions = num_classes, regions
         self._label, self._follow = label, follow
-        self._before = self._label_all()[0]
-
-    def _chunks(self) -> list[slice]:
-        return [slice(i, i + self._chunk) for i in range(0, len(self._x), self._chunk)]
-
-    def _label_all(self) -> tuple[Tensor, Tensor]:
-        parts = [self._label(self._x[c], self._valid[c]) for c in self._chunks()]
-        labels, counted = (torch.cat(p) for p in zip(*parts, strict=True))
-        return labels, counted
+        self._before = [_kept(label(x, valid)[0]) for x, valid in self._patches]
 
     @torch.no_grad()
     def measure(self) -> dict[str, float | list[float]]:
@@ -61,56 +53,53 @@ class DriftGauge:
         voxels that count as sure. agreement: Dice of the trained network on the strong view with
         the labels. NaN where a class has no voxel.
         """
-        labels, counted = self._label_all()
-        followed = [self._follow(self._x[c], self._valid[c], labels[c]) for c in self._chunks()]
-        result = drift(self._before, labels, counted, self._valid, self._classes, self._regions)
-        student, teacher, valid = (torch.cat(p) for p in zip(*followed, strict=True))
-        result["agreement"] = [
-            _ratio(2 * (a & b & valid).sum(), (a & valid).sum() + (b & valid).sum())
-            for a, b in zip(self._masks(student), self._masks(teacher), strict=True)
-        ]
+        counts, labels = [], []
+        for (x, valid), before in zip(self._patches, self._before, strict=True):
+            now, counted = self._label(x, valid)
+            counts.append(self._count(before.to(now.device), now, counted, valid.to(now.device)))
+            counts[-1] |= self._compare(*self._follow(x, valid, now))
+            labels.append(_kept(now))
         self._before = labels
-        return result
+        total = {name: torch.stack([c[name] for c in counts]).sum(0) for name in counts[0]}
+        shares = {
+            "changed": total["changed"] / total["foreground"],
+            "volume": total["volume"] / total["voxels"],
+            "coverage": total["sure"] / total["volume"],
+            "agreement": 2 * total["both"] / total["either"],  # NaN for 0 / 0
+        }
+        return {name: share.tolist() for name, share in shares.items()}
 
-    def _masks(self, labels: Tensor) -> list[Tensor]:
-        return class_masks(labels, self._classes, self._regions)
+    def _count(
+        self, before: Tensor, now: Tensor, counted: Tensor, valid: Tensor
+    ) -> dict[str, Tensor]:
+        """Return numbers of voxels of some patches, on their device."""
+        foreground = (before.bool().any(1, True) | now.bool().any(1, True)) & valid
+        sure = counted.bool() & valid
+        return {
+            "changed": ((before != now).any(1, True) & valid).sum(),
+            "foreground": foreground.sum(),
+            "voxels": valid.sum(),
+            "volume": self._sizes(now, valid),
+            "sure": self._sizes(now, sure),
+        }
 
+    def _compare(self, student: Tensor, teacher: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """Return for each class the voxels that both networks call so, and the sum of both."""
+        either = self._sizes(student, valid) + self._sizes(teacher, valid)
+        if self._regions:
+            return {"both": self._sizes(student & teacher, valid), "either": either}
+        return {"both": self._sizes(student, valid & (student == teacher)), "either": either}
 
-def class_masks(labels: Tensor, num_classes: int, regions: bool) -> list[Tensor]:
-    """Return one (N, 1, *) bool mask per foreground class or region."""
-    if regions:
-        return [labels[:, k : k + 1].bool() for k in range(num_classes)]
-    return [labels == k for k in range(1, num_classes + 1)]
-
-
-@torch.no_grad()
-def drift(
-    before: Tensor, now: Tensor, counted: Tensor, valid: Tensor, num_classes: int, regions: bool
-) -> dict[str, float | list[float]]:
-    """Return "changed", "volume" and "coverage"; see `DriftGauge.measure`.
-
-    Args:
-        before: labels an epoch ago, (N, 1, *), or (N, R, *) bool.
-        now: labels.
-        counted: which of them count, (N, 1 or R, *).
-        valid: (N, 1, *) bool.
-        num_classes: foreground classes, or regions.
-        regions: labels are one channel a region.
-    """
-    foreground = (before.bool().any(1, True) | now.bool().any(1, True)) & valid
-    masks = [m & valid for m in class_masks(now, num_classes, regions)]
-    return {
-        "changed": _ratio(((before != now).any(1, True) & valid).sum(), foreground.sum()),
-        "volume": [_ratio(m.sum(), valid.sum()) for m in masks],
-        "coverage": [
-            _ratio((m & (counted[:, k : k + 1] if regions else counted).bool()).sum(), m.sum())
-            for k, m in enumerate(masks)
-        ],
-    }
+    def _sizes(self, labels: Tensor, valid: Tensor) -> Tensor:
+        """Return the valid voxels of each foreground class or region, (K,) int64."""
+        if self._regions:
+            return (labels & valid).transpose(0, 1).flatten(1).sum(1)
+        return torch.stack([((labels == k) & valid).sum() for k in range(1, self._classes + 1)])
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return (part / whole).item()  # NaN for 0 / 0
+def _kept(labels: Tensor) -> Tensor:
+    """Return labels on the host, small."""
+    return labels.cpu() if labels.dtype == torch.bool else labels.to(torch.int16).cpu()
 
 
 def confirms_itself(coverage: Sequence[float], agreement: Sequence[float]) -> bool:

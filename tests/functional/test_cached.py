@@ -179,3 +179,25 @@ def test_early_gradients_equal_the_plain_backward(joint):
     found, logged = gradients(net, [early_gradients((net(x), x), joint)])
     assert close(expected, found)
     assert logged == pytest.approx(values, rel=1e-5)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_annotated_part_can_be_taken_alone(ahead):
+    """As the base does after a gradient that is not finite: "sup..." and nothing else."""
+    net = network()
+    xs = [torch.randn(2, 1, 5, 5) for _ in range(2)]
+
+    def joint(outputs):
+        (one,), (two,) = outputs
+        yield {"sup": (one * two).mean(), "unsup": (one * two).square().sum()}
+        yield {"unsup_late": two.exp().sum(), "sup_late": one.abs().mean()}
+
+    one, two = (net(x) for x in xs)
+    net.zero_grad()
+    ((one * two).mean() + one.abs().mean()).backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    first = (net(xs[0]),) if ahead else None
+    for terms in cached_gradients(lambda x: (net(x),), xs[ahead:], joint, first):
+        sum(value for name, value in terms.items() if name.startswith("sup")).backward()
+    assert close(expected, [p.grad for p in net.parameters()])

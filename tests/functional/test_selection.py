@@ -80,6 +80,7 @@ def test_gathered_projection_equals_the_dense_one(spatial):
 def naive_outcome(a, b, la, lb, counted, classes):
     def one_order(x, y):
         total, present = 0.0, 0
+        quota = max(sum(counted) / (2 * classes - 1), 1)
         for k in range(1, classes):
             both = [p for p in range(len(la)) if counted[p] and la[p] == k == lb[p]]
             either = [p for p in range(len(la)) if counted[p] and k in (la[p], lb[p])]
@@ -94,7 +95,7 @@ def naive_outcome(a, b, la, lb, counted, classes):
                     own = math.exp(float(x[p] @ y[p]) / TAU)
                     other = sum(math.exp(float(x[p] @ y[q]) / TAU) for q in negatives)
                     terms.append(-math.log(own / (own + other)))
-                total += sum(terms) / max(len(terms), 1)
+                total += min(len(both) / quota, 1) * sum(terms) / max(len(terms), 1)
         return total / max(present, 1)
 
     return (one_order(a, b) + one_order(b, a)) / 2
@@ -113,6 +114,21 @@ def test_outcome_contrast_equals_naive_loops(classes):
     assert outcome_contrast(*mixed, classes, TAU).item() == pytest.approx(found.item(), rel=1e-5)
     swapped = outcome_contrast(b, a, lb, la, counted, classes, TAU)
     assert swapped.item() == pytest.approx(found.item(), rel=1e-5)
+
+
+def test_few_agreed_voxels_weigh_in_gently():
+    """The gradient grows with the voxels that the networks agree on, and does not jump to all."""
+    torch.manual_seed(0)
+    a, b = (normalize(torch.randn(300, 8), dim=1) for _ in range(2))
+    a.requires_grad_()
+    la = torch.zeros(300).long()
+    norms = []
+    for agreed in (0, 1, 10, 100):
+        la[:agreed] = 1
+        value = outcome_contrast(a, b, la, la, torch.ones(300).bool(), 2, TAU)
+        norms.append(torch.autograd.grad(value, a)[0].norm().item())
+    assert norms[0] == 0 < norms[1] < norms[2] < norms[3]
+    assert norms[1] < norms[3] / 5
 
 
 def test_outcome_contrast_pulls_agreement_together_and_pushes_the_rest_away():

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nnunet_ssl.modules import DriftGauge, confirmed_for, confirms_itself
-from nnunet_ssl.modules.drift import drift
 
 NAN = float("nan")
 
@@ -59,14 +58,17 @@ def test_a_class_that_is_nowhere_has_no_coverage():
 
 
 def test_regions_overlap():
-    now = torch.tensor([[[1, 1, 0], [1, 0, 0]]], dtype=torch.bool)
-    before = torch.tensor([[[1, 1, 1], [1, 0, 0]]], dtype=torch.bool)
-    counted = torch.tensor([[[1, 0, 1], [1, 1, 1]]], dtype=torch.bool)
-    valid = torch.ones(1, 1, 3, dtype=torch.bool)
-    found = drift(before, now, counted, valid, 2, regions=True)
-    assert found["changed"] == pytest.approx(1 / 3)
-    assert found["volume"] == pytest.approx([2 / 3, 1 / 3])
+    first = torch.tensor(3 * [[[1, 1, 1, 0], [1, 0, 0, 0]]], dtype=torch.bool)
+    second = torch.tensor(3 * [[[1, 1, 0, 0], [1, 0, 0, 0]]], dtype=torch.bool)
+    counted = torch.tensor(3 * [[[1, 0, 1, 1], [1, 1, 1, 1]]], dtype=torch.bool)
+    followed = torch.tensor(3 * [[[1, 0, 1, 0], [0, 0, 0, 0]]], dtype=torch.bool)
+    meter, _ = gauge([first, second], counted, followed, regions=True)
+    found = meter.measure()
+    # the last two voxels of the third patch are padding
+    assert found["changed"] == pytest.approx(2 / 8)
+    assert found["volume"] == pytest.approx([6 / 10, 3 / 10])
     assert found["coverage"] == pytest.approx([1 / 2, 1])
+    assert found["agreement"] == pytest.approx([2 * 3 / (5 + 6), 0])
 
 
 def test_signature_of_confirmation():

@@ -81,7 +81,7 @@ def run_everything(device, spatial):
             f.curriculum_weight(unsure, counted, 0.3, 0.5)
             f.fisher_evidential_loss(one.alpha, decision, 0.05)
             f.dirichlet_logits(logits, regions, activation)
-        brake.value(), brake.oversegmented()
+        brake.value()
 
 
 def run_transfer(device, spatial):

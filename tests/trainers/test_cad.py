@@ -112,14 +112,38 @@ def test_mix_losses_weigh_true_and_pseudo_labels_as_published(make_trainer, monk
     )
 
 
-def test_noise_of_the_strong_view_is_left_out(make_trainer, monkeypatch):
+def test_noise_of_the_strong_view_teaches_nothing(make_trainer, monkeypatch):
     trainer, data = started(make_trainer, "+cutout_probability=1")
     seen = Seen(trainer, monkeypatch)
-    terms = next(iter(trainer.losses(data)))
+    counted, searched = [], []
+    cad = sys.modules[SSLTrainerCAD.__module__]
+    mutual, coarse_maps = trainer.mutual, cad.coarse_maps
+
+    def watched_mutual(outputs, labels, sure_of):
+        counted.append(sure_of)
+        return mutual(outputs, labels, sure_of)
+
+    def watched_maps(prob, valid, *args):
+        searched.append(valid)
+        return coarse_maps(prob, valid, *args)
+
+    monkeypatch.setattr(trainer, "mutual", watched_mutual)
+    monkeypatch.setattr(cad, "coarse_maps", watched_maps)
+    terms, *displaced = trainer.losses(data)
     (sup_w, pse_w, sup_s, pse_s) = (keep for _, _, keep, _ in seen.losses)
     noise = (sup_w & ~sup_s) | (pse_w & ~pse_s)
     assert noise.any() and not (noise & (sup_s | pse_s)).any()
     assert torch.equal(sup_s | pse_s, (sup_w | pse_w) & ~noise)
+    mixes, *displaced_counted = counted
+    # what student 2 says of noise is no label, what student 1 says there is
+    assert (mixes[0] & noise).any() and not (mixes[1] & noise).any()
+    # no window is looked for in noise
+    assert (searched[0] & noise).any() and not (searched[1] & noise).any()
+    # windows take along whether they show noise
+    assert len(displaced_counted) == len(displaced) == 2
+    for own, found, windows in zip((0, 1), displaced_counted, seen.windows, strict=True):
+        expected = trainer.displaced(mixes[own], mixes[1 - own], windows)
+        assert all(torch.equal(f, expected) for f in found)
     assert all(torch.isfinite(v) for v in terms.values())
 
 
@@ -153,10 +177,11 @@ def test_each_student_learns_from_the_others_labels_alone(make_trainer, dataset)
     outputs = [trainer.student(x)[0].detach(), trainer.peer(x)[0].detach()]
     outputs = [o.requires_grad_() for o in outputs]
     labels = [o > 0 if trainer.regions else o.argmax(1, keepdim=True) for o in outputs]
-    trainer.mutual(tuple(outputs), labels, data.valid_l).backward()
+    sure_of = [data.valid_l & (torch.rand(data.valid_l.shape) > 0.2) for _ in range(2)]
+    trainer.mutual(tuple(outputs), labels, sure_of).backward()
     for i in (0, 1):
         alone = outputs[i].detach().clone().requires_grad_()
-        squared_dice_loss(alone, labels[1 - i], data.valid_l, trainer.regions).backward()
+        squared_dice_loss(alone, labels[1 - i], sure_of[1 - i], trainer.regions).backward()
         assert torch.equal(outputs[i].grad, alone.grad)
 
 

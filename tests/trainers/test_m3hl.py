@@ -1,5 +1,6 @@
 """M3HL: what its mixes show, and where its losses reach."""
 
+import math
 import sys
 
 import pytest
@@ -287,3 +288,29 @@ def test_dice_on_unlabeled_images_rises_above_the_labeled_only_run(make_trainer,
 
     labeled_only, all_images = run(0.99), run(0.3)
     assert 0.5 < labeled_only < all_images - 0.02
+
+
+@pytest.mark.parametrize("spatial", [(8, 8), (4, 4, 4)])
+def test_spread_of_features_is_that_between_patches(spatial):
+    spread = sys.modules[SSLTrainerM3HL.__module__].patch_spread
+    same = torch.randn(1, 3, *spatial).repeat(4, *[1] * (1 + len(spatial)))
+    assert spread(same).item() == pytest.approx(0, abs=1e-6)
+    other = torch.randn(4, 3, *spatial)
+    assert spread(other).item() == pytest.approx(1, abs=0.2)
+    half = spread(same + other).item()
+    assert 0.5 < half < 0.9
+    assert spread(100 * (same + other)).item() == pytest.approx(half, rel=1e-4)
+    assert spread(other[:1]).isnan()
+
+
+def test_features_are_ramped_up_in_the_second_stage(make_trainer):
+    trainer = make_trainer("SSLTrainerM3HL+largest_component=off+pretrain=0.25+feature_rampup=0.5")
+    trainer.on_train_start()
+    trainer._unlabeled_active.value = True
+    batch = next(b for b in trainer.dataloader_train if "unlabeled" in b)
+    data = Batch.from_loader(batch, trainer.device)
+    for step, expected in ((2, math.exp(-5)), (4, math.exp(-5 / 9)), (5, 1.0), (7, 1.0)):  # of 8
+        trainer.step = step
+        list(trainer.losses(data))
+        found = trainer._meter.means()["pseudo_labels/feature_weight"]
+        assert found == pytest.approx(0.5 * expected)

@@ -371,8 +371,10 @@ def test_curves_are_drawn(nnunet, make_trainer, monkeypatch):
     assert (Path(trainer.output_folder) / "ssl_progress.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("collapsed", [True, False])
-def test_collapse_is_told_in_plain_words(nnunet, make_trainer, monkeypatch, collapsed):
+@pytest.mark.parametrize(("label_share", "trend"), [(0.2, ""), (0.1, "losing"), (0.1, "inflating")])
+def test_a_wrong_share_is_told_in_plain_words(
+    nnunet, make_trainer, monkeypatch, label_share, trend
+):
     trainer = make_trainer("SSLTrainer+warmup=0+rampup_end=0+threshold_low=0+threshold_high=0")
     said = []
     monkeypatch.setattr(
@@ -388,9 +390,9 @@ def test_collapse_is_told_in_plain_words(nnunet, make_trainer, monkeypatch, coll
     def thirds(x):
         return torch.rand(len(x), 3, *x.shape[2:]).softmax(1)
 
-    monkeypatch.setattr(trainer, "teacher_prob", only_background if collapsed else thirds)
+    monkeypatch.setattr(trainer, "teacher_prob", only_background if trend == "losing" else thirds)
     # patches without forced foreground tell the true shares
-    monkeypatch.setattr(trainer, "label_shares", lambda batch: torch.tensor([0.1, 0.1]))
+    monkeypatch.setattr(trainer, "label_shares", lambda batch: torch.full((2,), label_share))
     for _ in range(4):
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()
@@ -401,9 +403,10 @@ def test_collapse_is_told_in_plain_words(nnunet, make_trainer, monkeypatch, coll
             trainer.on_validation_epoch_start()
             trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
         trainer.on_epoch_end()
-    warnings = [line for line in said if "pseudo-labels are losing class" in line]
-    assert len(warnings) == (2 if collapsed else 0)  # once a class, not every epoch
-    if collapsed:
+    warnings = [line for line in said if "WARNING: the pseudo-labels are" in line]
+    assert len(warnings) == (2 if trend else 0)  # once a class, not every epoch
+    assert all(f"are {trend} class" in line for line in warnings)
+    if trend == "losing":
         record = read_log(Path(trainer.output_folder) / "ssl_log.jsonl")[-1]
         assert record["shares"]["pseudo"] == [0, 0]
         assert record["pseudo_labels"]["brake"] < 1  # and the unlabelled loss fades
