@@ -33,7 +33,9 @@ def elsewhere(monkeypatch):
 
 def amp(trainer):
     """Give it what nnU-Net and the base class give on a GPU."""
-    trainer._autocast = lambda: torch.autocast("pretend", dtype=torch.half, cache_enabled=False)
+    trainer._autocast = lambda cache=False: torch.autocast(
+        "pretend", dtype=torch.half, cache_enabled=cache
+    )
     trainer.grad_scaler = torch.amp.GradScaler("cpu")
     return trainer
 
