@@ -15,6 +15,7 @@ from nnunet_ssl.functional import (
     feature_cosine,
     feature_l1,
     full_res,
+    joint_sum,
     random_blocks,
     sigmoid_rampup,
     to_prob,
@@ -30,17 +31,21 @@ def patch_spread(feature: Tensor) -> Tensor:
     common factor changes nothing.
 
     Args:
-        feature: (B, C, *).
+        feature: (B, C, *); patches i and B - 1 - i are compared, voxel by voxel.
 
     Returns:
-        Scalar float32: standard deviation over patches at a place, over that of all voxels of a
-        channel, each averaged over channels; about 1 for unrelated patches, NaN for a single one.
+        Scalar float32, of all processes: root of half the mean squared difference, over the
+        standard deviation within channels; about 1 for unrelated patches, NaN for a single one.
     """
     feature = feature.float()
-    if len(feature) == 1:
-        return feature.new_tensor(torch.nan)
-    between = feature.std(0).mean()
-    return between / feature.transpose(0, 1).flatten(1).std(1).mean().clamp_min(1e-6)
+    pairs = len(feature) // 2
+    apart = (feature[:pairs] - feature.flip(0)[:pairs]).square().sum() / 2
+    rows = feature.transpose(0, 1).flatten(1)
+    voxels = rows.new_tensor([rows.shape[1], rows.shape[1] * pairs / len(feature)])
+    sums = joint_sum(torch.cat([voxels, apart[None], rows.sum(1), rows.square().sum(1)]))
+    (of_all, of_pairs, apart), (total, squares) = sums[:3], sums[3:].view(2, -1)
+    variance = (squares / of_all - (total / of_all).square()).sum()
+    return (apart / of_pairs / variance).sqrt()
 
 
 class SSLTrainerM3HL(CopyPasteTrainer):
