@@ -371,6 +371,14 @@ def test_curves_are_drawn(nnunet, make_trainer, monkeypatch):
     assert (Path(trainer.output_folder) / "ssl_progress.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_curves_are_drawn_with_checkpoints_and_at_the_end(make_trainer, monkeypatch):
+    trainer = make_trainer("SSLTrainerSupervised+save_every=3")  # of 4 epochs
+    drawn = []
+    monkeypatch.setattr(base.History, "plot", lambda self: drawn.append(len(self.records)))
+    trainer.run_training()
+    assert drawn == [3, 4]
+
+
 @pytest.mark.parametrize(("label_share", "trend"), [(0.2, ""), (0.1, "losing"), (0.1, "inflating")])
 def test_a_wrong_share_is_told_in_plain_words(
     nnunet, make_trainer, monkeypatch, label_share, trend
