@@ -52,7 +52,8 @@ class SSLTrainerC3S3(TwoNetworkTrainer):
     it): in the code they are one tensor, and without dropout cos would be 0. con pulls agreeing
     voxels together as the text says; the released formula drives them apart
     (`contrast=released+contrast_weight=8`, on voxels drawn alike instead of all). Contrast is
-    within labelled and within unlabelled patches, one-vs-rest over classes; its weight is chosen.
+    within labelled and within unlabelled patches, one-vs-rest over classes, a class weighing in
+    with the voxels that both networks agree on; its weight is chosen.
     The cosine is over classes, not along the last image axis. w ramps up over a quarter of
     training; the published ramp needs 2.4 times the published training. Where patches hold no
     foreground, CE alone decides who wins. Gradients are clipped for each network by itself. Padding

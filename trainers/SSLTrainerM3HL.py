@@ -41,8 +41,9 @@ def patch_spread(feature: Tensor) -> Tensor:
     pairs = len(feature) // 2
     apart = (feature[:pairs] - feature.flip(0)[:pairs]).square().sum() / 2
     rows = feature.transpose(0, 1).flatten(1)
-    voxels = rows.new_tensor([rows.shape[1], rows.shape[1] * pairs / len(feature)])
-    sums = joint_sum(torch.cat([voxels, apart[None], rows.sum(1), rows.square().sum(1)]))
+    of_all = rows.new_full((), rows.shape[1])  # filled there, so that no step waits for a copy
+    counts = torch.stack([of_all, of_all * pairs / len(feature), apart])
+    sums = joint_sum(torch.cat([counts, rows.sum(1), rows.square().sum(1)]))
     (of_all, of_pairs, apart), (total, squares) = sums[:3], sums[3:].view(2, -1)
     variance = (squares / of_all - (total / of_all).square()).sum()
     return (apart / of_pairs / variance).sqrt()
