@@ -156,6 +156,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     views: ClassVar[tuple[str, ...]] = ()  # further views of unlabelled patches, see data.views
     meta: ClassVar[tuple[str, ...]] = ()  # values per sample, see data.loader.META
     pieces_seen: ClassVar[int] = 1  # annotated cases (2D: slices) from which `keep_largest` judges
+    pieces_share: ClassVar[float] = 0.95  # of these in which one piece makes a class filtered
     step_cost: ClassVar[float] = 1.0  # in steps of the supervised twin
     step_memory: ClassVar[float] = 1.0  # what a step keeps for backward, in that of the twin
     trained_networks: ClassVar[int] = 1  # each about as large as the plan's
@@ -680,8 +681,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         Args:
             labels: hard pseudo-labels, (B, 1, *), or (B, R, *) bool for regions.
-            mode: "on" filters all classes, "off" none, "auto" those that are one piece in at
-                least 95 % of the annotated training cases (2D: slices), if enough show them.
+            mode: "on" filters all classes, "off" none, "auto" those that are one piece in nearly
+                all annotated training cases (2D: slices): `pieces_share` of at least `pieces_seen`.
         """
         if mode == "off":
             return labels
@@ -704,7 +705,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         label_sets = [s if isinstance(s, list | tuple) else (s,) for s in sets]
         training_cases, _ = self.get_tr_and_val_datasets()
         slices = len(self.configuration_manager.patch_size) == 2
-        single = single_piece(training_cases, label_sets, slices, least=self.pieces_seen)
+        single = single_piece(
+            training_cases, label_sets, slices, share=self.pieces_share, least=self.pieces_seen
+        )
+        if single:
+            self.print_to_log_file(
+                f"Pseudo-labels keep the largest piece of {'region' if self.regions else 'class'} "
+                f"{', '.join(str(i + 1) for i in single)} only: one piece in at least "
+                f"{100 * self.pieces_share:g} % of the annotated {'slices' if slices else 'scans'}."
+            )
         return single if self.regions else [label_sets[i][0] for i in single]
 
     def draw(self) -> float:

@@ -52,8 +52,8 @@ def test_touching_corners_are_one_piece_in_3d_and_pieces_of_slices_count_by_them
     horseshoe[:, :, 1] = horseshoe[:, :, 4] = 2
     horseshoe[0, 0, 1:5] = 2  # one piece, two in three of four slices
     data = dataset(corners + horseshoe)
-    assert single_piece(data, [(1,), (2,)], slices=False) == [0, 1]
-    assert single_piece(data, [(1,), (2,)], slices=True) == [0]
+    assert single_piece(data, [(1,), (2,)], slices=False, share=0.95) == [0, 1]
+    assert single_piece(data, [(1,), (2,)], slices=True, share=0.95) == [0]
 
 
 def test_share_counts_only_cases_with_the_class():
@@ -61,16 +61,16 @@ def test_share_counts_only_cases_with_the_class():
     whole[1, 1:3, 1:3] = 1
     split = np.zeros_like(whole)
     split[0, 0, 0] = split[2, 3, 3] = 1
-    assert single_piece(dataset(*[whole] * 19, split, *[absent] * 50), [(1,)], False) == [0]
-    assert single_piece(dataset(*[whole] * 18, split, *[absent] * 50), [(1,)], False) == []
-    assert single_piece(dataset(absent), [(1,)], False) == []
+    assert single_piece(dataset(*[whole] * 19, split, *[absent] * 50), [(1,)], False, 0.95) == [0]
+    assert single_piece(dataset(*[whole] * 18, split, *[absent] * 50), [(1,)], False, 0.95) == []
+    assert single_piece(dataset(absent), [(1,)], False, 0.95) == []
     cases = dataset(*[whole] * 20, *[absent] * 5)
-    assert single_piece(cases, [(1,)], False, least=20) == [0]
-    assert single_piece(cases, [(1,)], False, least=21) == []
-    assert single_piece(cases, [(1,)], True, least=21) == []  # in one slice of each
+    assert single_piece(cases, [(1,)], False, 0.95, least=20) == [0]
+    assert single_piece(cases, [(1,)], False, 0.95, least=21) == []
+    assert single_piece(cases, [(1,)], True, 0.95, least=21) == []  # in one slice of each
 
 
 def test_region_of_two_labels_is_one_piece_where_its_parts_are_not():
     mask = np.zeros((1, 3, 5), int)
     mask[0, 1, :] = [1, 2, 1, 2, 1]
-    assert single_piece(dataset(mask), [(1,), (2,), (1, 2)], True) == [2]
+    assert single_piece(dataset(mask), [(1,), (2,), (1, 2)], True, 0.95) == [2]
