@@ -170,3 +170,33 @@ def test_half_of_a_pool_is_inverted_and_nothing_else(monkeypatch, tmp_path):
         assert (read[source] == image).all()
         change = int(image.max()) + int(image.min()) - image.astype(int)
         assert (read[target] == (change if case in ("c0", "c2") else image)).all()
+
+
+def test_blocks_become_their_mean_and_their_most_frequent_label(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import shrink_dataset
+
+    source, target = tmp_path / "Dataset001_A", tmp_path / "Dataset002_ABy2"
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(4, 7, 6)).astype(np.float32)
+    mask = rng.choice([0, 1, 3], (4, 7, 6)).astype(np.uint8)
+    for folder, array in (("imagesTr", image), ("labelsTr", mask)):
+        (source / folder).mkdir(parents=True)
+        written = sitk.GetImageFromArray(array)
+        written.SetSpacing((0.5, 1.0, 2.0))
+        name = "c_0000.nii.gz" if folder == "imagesTr" else "c.nii.gz"
+        sitk.WriteImage(written, str(source / folder / name))
+    (source / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
+    (source / "conversion.json").write_text("{}")
+    shrink_dataset.shrink(source, target, 2)
+
+    small = sitk.ReadImage(str(target / "imagesTr" / "c_0000.nii.gz"))
+    labels = sitk.ReadImage(str(target / "labelsTr" / "c.nii.gz"))
+    assert small.GetSpacing() == labels.GetSpacing() == (1.0, 2.0, 4.0)
+    assert small.GetOrigin() == labels.GetOrigin()
+    small, labels = sitk.GetArrayFromImage(small), sitk.GetArrayFromImage(labels)
+    assert small.shape == labels.shape == (2, 3, 3)
+    for z, y, x in np.ndindex(small.shape):
+        block = (slice(2 * z, 2 * z + 2), slice(2 * y, 2 * y + 2), slice(2 * x, 2 * x + 2))
+        assert abs(small[z, y, x] - image[block].mean()) < 1e-6
+        assert labels[z, y, x] == np.bincount(mask[block].ravel()).argmax()
