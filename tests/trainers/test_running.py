@@ -4,7 +4,9 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from make_trainers import next_batch, start, values
@@ -583,6 +585,26 @@ def test_few_annotated_cases_do_not_tell_that_a_class_is_one_piece(make_trainer)
     assert flat._find_single_piece() == [1, 2]  # from slices
     assert whole._find_single_piece() == []  # three scans
     assert start(make_trainer("SSLTrainerBCP", "Toy", "3d_fullres"))._find_single_piece() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("slices", "trainer", "found"),
+    [(50, "SSLTrainer", [1]), (49, "SSLTrainer", []), (49, "SSLTrainerBCP", [1])],
+)
+def test_the_default_filters_only_what_is_nearly_always_one_piece(
+    slices, trainer, found, make_trainer, monkeypatch
+):
+    """Class 1 is in two pieces in one slice, class 2 in two slices out of three."""
+    labels = np.zeros((1, slices, 8, 8), np.int8)
+    labels[:, :, 1:3, 1:3] = 1
+    labels[:, 0, 6, 6] = 1
+    labels[:, :, 4, ::3] = labels[:, ::3, 4, :] = 2
+    cases = SimpleNamespace(identifiers=["case"], load_case=lambda name: (None, labels, None, {}))
+    made = start(make_trainer(trainer, "Toy", "2d"))
+    monkeypatch.setattr(made, "get_tr_and_val_datasets", lambda: (cases, None))
+    assert made._find_single_piece() == found
+    log = Path(made.log_file).read_text()
+    assert ("largest piece of class 1 only" in log) == bool(found)
 
 
 # ---------------------------------------------------------------- phases
