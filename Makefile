@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(BIN)/nnunet_ssl demo -o demo_run
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m "elsewhere and not slow"
 
 lint: $(INSTALLED)

@@ -54,7 +54,16 @@ setup(
     extras_require={
         "slurm": ["submitit"],
         "mamba": ["mamba-ssm"],
-        "dev": ["pytest", "ruff", "mypy", "codespell", "pre-commit", "medpy", "submitit"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "codespell",
+            "pre-commit",
+            "medpy",
+            "submitit",
+        ],
     },
     entry_points={"console_scripts": ["nnunet_ssl=nnunet_ssl.cli:main"]},
     classifiers=[
