@@ -95,15 +95,23 @@ def test_what_makes_the_host_wait_is_noticed(elsewhere):
     assert not waits
 
 
-@pytest.mark.parametrize("name", ["SSLTrainer", "SSLTrainerSupervised"])
-def test_a_step_waits_once(name, make_trainer, elsewhere):
+@pytest.mark.parametrize(
+    ("name", "configuration", "before"),
+    [
+        ("SSLTrainer", "3d_fullres", []),
+        ("SSLTrainer", "2d", ["aten::_to_copy"]),  # pieces are found on the host
+        ("SSLTrainerSupervised", "3d_fullres", []),
+    ],
+)
+def test_a_step_waits_once(name, configuration, before, make_trainer, elsewhere):
     """For whether the gradients are finite; no loss, threshold or gauge reads a value."""
-    trainer = start(make_trainer(f"{name}{FULL.get(name, '')}", device=elsewhere))
+    made = make_trainer(f"{name}{FULL.get(name, '')}", "Toy", configuration, device=elsewhere)
+    trainer = start(made)
     trainer.train_step(next(trainer.dataloader_train))
     batch = next(trainer.dataloader_train)
     waits.clear()
     trainer.train_step(batch)
-    assert waits == ["aten::_local_scalar_dense"]
+    assert waits == [*before, "aten::_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("name", NAMES)
