@@ -188,15 +188,17 @@ def test_blocks_become_their_mean_and_their_most_frequent_label(monkeypatch, tmp
         sitk.WriteImage(written, str(source / folder / name))
     (source / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
     (source / "conversion.json").write_text("{}")
-    shrink_dataset.shrink(source, target, 2)
+    (source / "cases.csv").write_text("case,patient\nc,1\n")
+    shrink_dataset.shrink(source, target, [2, 2, 1])
 
+    assert {p.name for p in target.iterdir()} == {p.name for p in source.iterdir()}
     small = sitk.ReadImage(str(target / "imagesTr" / "c_0000.nii.gz"))
     labels = sitk.ReadImage(str(target / "labelsTr" / "c.nii.gz"))
-    assert small.GetSpacing() == labels.GetSpacing() == (1.0, 2.0, 4.0)
+    assert small.GetSpacing() == labels.GetSpacing() == (1.0, 2.0, 2.0)
     assert small.GetOrigin() == labels.GetOrigin()
     small, labels = sitk.GetArrayFromImage(small), sitk.GetArrayFromImage(labels)
-    assert small.shape == labels.shape == (2, 3, 3)
+    assert small.shape == labels.shape == (4, 3, 3)
     for z, y, x in np.ndindex(small.shape):
-        block = (slice(2 * z, 2 * z + 2), slice(2 * y, 2 * y + 2), slice(2 * x, 2 * x + 2))
+        block = (z, slice(2 * y, 2 * y + 2), slice(2 * x, 2 * x + 2))
         assert abs(small[z, y, x] - image[block].mean()) < 1e-6
         assert labels[z, y, x] == np.bincount(mask[block].ravel()).argmax()
