@@ -1,6 +1,7 @@
 """Which classes are one piece in the annotated cases."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import cc3d
 import numpy as np
@@ -54,7 +55,7 @@ def count_pieces(labels: np.ndarray, label_sets: Sequence[Sequence[int]]) -> np.
     counts = np.zeros(len(label_sets), dtype=int)
     if not labels.any():
         return counts
-    connectivity = 8 if labels.ndim == 2 else 26
+    connectivity: Literal[8, 26] = 8 if labels.ndim == 2 else 26
     components, number = cc3d.connected_components(labels, connectivity=connectivity, return_N=True)
     label_of = np.zeros(number + 1, dtype=int)
     label_of[components] = labels
