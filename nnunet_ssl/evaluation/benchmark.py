@@ -385,7 +385,8 @@ def dataset_task(
             "planner": planner,
             "plans": small and vars(small),
         },
-        "environment": environment(own_folders(folder), 1),
+        # nothing is loaded here, and nnU-Net's planner takes this for its threads and refuses 0
+        "environment": {**environment(own_folders(folder), 1), "nnUNet_n_proc_DA": "1"},
         "split": {
             "source": str(data.raw.folder),
             "id": number,

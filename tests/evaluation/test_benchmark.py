@@ -181,6 +181,18 @@ def test_extra_rows_see_annotated_cases_only(place, commands, run):
     assert cells["stock"]["patches"] == {"labeled": 1000 * 250 * 2, "unlabeled": 0}
 
 
+def test_reproducible_loading_does_not_reach_the_planner(place, commands, run, monkeypatch):
+    """nnU-Net's planner refuses 0, the variable of single-process loading."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    run("draws: [0, 1]", "draws: [0]", "also: [bound]\n")
+    for folder, number in (("datasets", "1"), ("cells", "0")):
+        tasks = list((place / "out" / folder).glob("*/task.json"))
+        assert tasks
+        for task in tasks:
+            environment = json.loads(task.read_text(encoding="utf-8"))["environment"]
+            assert environment["nnUNet_n_proc_DA"] == number
+
+
 def test_pseudo_labels_are_scored_along_training(place, commands, run):
     run("draws: [0, 1]", "draws: [0]", "pseudo_labels: 3\n")
     method = runs(place)["cells"][1]
