@@ -202,3 +202,8 @@ def test_blocks_become_their_mean_and_their_most_frequent_label(monkeypatch, tmp
         block = (z, slice(2 * y, 2 * y + 2), slice(2 * x, 2 * x + 2))
         assert abs(small[z, y, x] - image[block].mean()) < 1e-6
         assert labels[z, y, x] == np.bincount(mask[block].ravel()).argmax()
+
+    told = tmp_path / "Dataset003_ABy2"
+    shrink_dataset.shrink(source, told, [2, 2, 1], spacing=[3.0, 3.0, 10.0])
+    for path in (told / "imagesTr" / "c_0000.nii.gz", told / "labelsTr" / "c.nii.gz"):
+        assert sitk.ReadImage(str(path)).GetSpacing() == (3.0, 3.0, 10.0)
