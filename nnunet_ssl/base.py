@@ -76,6 +76,8 @@ check_nnunet_version()
 
 Terms = dict[str, Tensor]
 LABELED_BOX = (0.3, 0.8)  # sides of a box between annotated patches, as fractions of the patch
+MIXED_STEPS = 0.5  # with labeled_mix=auto, where a patch holds at least
+MIXED_PATCH = 0.5  # of a case (2D: slice) of median size: in a smaller one a box hides where it is
 GRADIENT_CLIP = 12  # nnU-Net's, per module
 # a class is lost or inflated whose share among pseudo-labels is under or above its share among
 # labels by these factors
@@ -176,7 +178,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     seed: int | None = None  # None draws afresh; workers of nnU-Net's loader are never seeded
     deploy: Literal["teacher", "student"] = "teacher"  # validated, saved as network, predicts
     ema_decay: float | Literal["auto"] | None = "auto"  # weight of the teacher's old value a step
-    labeled_mix: float = 0.0  # share of the steps whose annotated patches show boxes of each other
+    # share of the steps whose annotated patches show boxes of each other; "auto": see `mix_share`
+    labeled_mix: float | Literal["auto"] = 0.0
     keep_at: tuple[float, ...] = ()  # fractions of training at which weights are kept
     bf16_on_cpu: bool = False  # autocast to bfloat16 on a CPU that has it; about twice as fast
 
@@ -210,7 +213,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         require(1 <= cls.save_every <= 10, "save_every", "between 1 and 10 epochs")
         require(0 < cls.initial_lr < math.inf, "initial_lr", "above 0 and finite")
         require(cls.seed is None or 0 <= cls.seed < 2**32, "seed", "between 0 and 2^32 - 1")
-        require(0 <= cls.labeled_mix <= 1, "labeled_mix", "in [0, 1]")
+        mix = cls.labeled_mix
+        require(mix == "auto" or 0 <= mix <= 1, "labeled_mix", "auto or in [0, 1]")
         require(all(0 < f < 1 for f in cls.keep_at), "keep_at", "fractions between 0 and 1")
         decay = cls.ema_decay
         require(
@@ -300,7 +304,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"Give another -num_gpus, or plan for more GPU memory."
             )
         rule = "0: a batch, on each GPU, of 1 patch has no other one to take a box from"
-        cls.require(patches > 1 or cls.labeled_mix == 0, "labeled_mix", rule)
+        cls.require(patches > 1 or cls.labeled_mix in (0, "auto"), "labeled_mix", rule)
 
     def initialize(self) -> None:
         """Build student, companions, losses and optimizers."""
@@ -562,6 +566,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Return a full-resolution target or mask as nnU-Net's loss wants targets."""
         scales = self._get_deep_supervision_scales()
         return full if scales is None else downsample(full, scales)
+
+    def mix_share(self) -> float:
+        """Return in which share of the steps annotated patches show boxes of each other.
+
+        "auto" is half of them, where a patch holds at least half of a case (2D: slice) of median
+        size and a batch more than one patch, and none elsewhere.
+        """
+        if self.labeled_mix != "auto":
+            return self.labeled_mix
+        fits = self.batch_size > 1 and self.patch_share(of_slice=True) >= MIXED_PATCH
+        return MIXED_STEPS if fits else 0.0
 
     def mix_labeled(self, batch: Batch, inside: Tensor) -> Batch:
         """Return the batch with annotated patches that show their neighbour, labels alike.
@@ -875,7 +890,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             shares = self.label_shares(data)
             self._meter.add("shares/labels", shares)
             self.observe("label_shares", shares)
-        if self.labeled_mix > 0 and self.draw() < self.labeled_mix:
+        share = self.mix_share()
+        if share > 0 and self.draw() < share:
             spatial = data.x_l.shape[2:]
             boxes = random_boxes(len(data.x_l), spatial, *LABELED_BOX, device=self.device)
             data = self.mix_labeled(data, boxes)

@@ -314,6 +314,27 @@ def test_one_patch_has_none_to_mix_with(nnunet, make_trainer):
     make_trainer("SSLTrainer", batch=1)
 
 
+@pytest.mark.parametrize(
+    ("configuration", "patch", "batch", "share"),
+    [
+        ("2d", (16, 16), 2, 0.5),  # half of a slice of 16 x 32
+        ("2d", (16, 15), 2, 0),
+        ("2d", (16, 16), 1, 0),
+        ("3d_fullres", (16, 16, 16), 2, 0.5),  # half of a case
+        ("3d_fullres", (16, 16, 15), 2, 0),
+    ],
+)
+def test_auto_mixes_where_a_patch_holds_half_of_a_case(
+    configuration, patch, batch, share, make_trainer
+):
+    trainer = make_trainer("SSLTrainerSupervised+labeled_mix=auto", configuration=configuration)
+    case = (16, 16, 32)[-len(patch) :]
+    plan = {"median_image_size_in_voxels": case, "patch_size": patch}
+    trainer.configuration_manager.configuration.update(plan)
+    trainer.batch_size = batch
+    assert trainer.mix_share() == share
+
+
 @pytest.mark.parametrize(("share", "times"), [(0, 0), (0.5, 2), (1, 4)])
 def test_so_many_steps_mix_their_annotated_patches(share, times, make_trainer, monkeypatch):
     trainer = start(make_trainer(f"SSLTrainer+labeled_mix={share}", configuration="2d"))
