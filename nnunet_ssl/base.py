@@ -76,8 +76,8 @@ check_nnunet_version()
 
 Terms = dict[str, Tensor]
 LABELED_BOX = (0.3, 0.8)  # sides of a box between annotated patches, as fractions of the patch
-MIXED_STEPS = 0.5  # with labeled_mix=auto, where a patch holds at least
-MIXED_PATCH = 0.5  # of a case (2D: slice) of median size: in a smaller one a box hides where it is
+MIXED_STEPS = 0.5  # with labeled_mix=auto, where annotated cases hold at most
+MIXED_PATCHES = 100  # patches side by side
 GRADIENT_CLIP = 12  # nnU-Net's, per module
 # a class is lost or inflated whose share among pseudo-labels is under or above its share among
 # labels by these factors
@@ -263,6 +263,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.step = 0
         self._phases: list[Phase] = []
         self._single_piece: list[int] | None = None  # found when first asked for
+        self._few_patches: bool | None = None  # alike
         self._resumed: dict | None = None
         self._meter = Meter()
         self._skipped_steps = 0  # of this epoch, as the next one
@@ -570,13 +571,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def mix_share(self) -> float:
         """Return in which share of the steps annotated patches show boxes of each other.
 
-        "auto" is half of them, where a patch holds at least half of a case (2D: slice) of median
-        size and a batch more than one patch, and none elsewhere.
+        "auto" is half of them if the annotated training cases hold at most 100 patches side by side
+        (2D: slices, if a patch holds one) and a batch more than one patch; otherwise none.
         """
         if self.labeled_mix != "auto":
             return self.labeled_mix
-        fits = self.batch_size > 1 and self.patch_share(of_slice=True) >= MIXED_PATCH
-        return MIXED_STEPS if fits else 0.0
+        if self._few_patches is None:
+            training_cases, _ = self.do_split()
+            self._few_patches = len(training_cases) / self.patch_share() <= MIXED_PATCHES
+        return MIXED_STEPS if self._few_patches and self.batch_size > 1 else 0.0
 
     def mix_labeled(self, batch: Batch, inside: Tensor) -> Batch:
         """Return the batch with annotated patches that show their neighbour, labels alike.

@@ -29,7 +29,8 @@ CONFIGURATION = "3d_fullres"
 PLANS = "nnUNetSmallPlans"
 FEATURES, PATCH = (8, 16, 32), (24, 40, 40)  # a small network, for the CPU
 SETTINGS = {"num_epochs": 30, "num_iterations_per_epoch": 40, "num_val_iterations_per_epoch": 2}
-TRAINERS = ("SSLTrainerSupervised", "SSLTrainer")  # the twin first
+# the twin first, with what makes it comparable
+TRAINERS = {"SSLTrainerSupervised": {"labeled_mix": "auto"}, "SSLTrainer": {}}
 MARKER = "nnunet_ssl_demo.json"
 REMARK = (
     "A smoke test on synthetic data, one seed, short training: it shows that the parts work\n"
@@ -64,8 +65,9 @@ def run_demo(folder: Path, seed: int = 0, device: str = "cpu") -> None:
     write_small_plans(folder / "nnUNet_preprocessed" / DATASET)
 
     scores: dict[str, Dice] = {}
-    for trainer in TRAINERS:
-        name = "+".join([trainer, *(f"{k}={v}" for k, v in SETTINGS.items()), f"seed={seed}"])
+    for trainer, own in TRAINERS.items():
+        settings = {**own, **SETTINGS, "seed": seed}
+        name = "+".join([trainer, *(f"{k}={v}" for k, v in settings.items())])
         model = ["-tr", name, "-p", PLANS, "-device", device]
         train = ["nnUNetv2_train", "999", CONFIGURATION, "all", *model]
         run(f"train_{trainer}", train, epochs=SETTINGS["num_epochs"])
@@ -167,8 +169,9 @@ def means(dice: Dice) -> dict[str, float]:
 def dice_table(scores: Mapping[str, Dice]) -> str:
     """Mean Dice of twin and SSLTrainer with their differences."""
     twin, ssl = (means(scores[t]) for t in TRAINERS)
-    n = len(scores[TRAINERS[0]])
-    lines = [f"Mean Dice of {n} test cases", f"{'':10}{TRAINERS[0]:>22}{TRAINERS[1]:>12}{'+/-':>9}"]
+    first, second = TRAINERS
+    n = len(scores[first])
+    lines = [f"Mean Dice of {n} test cases", f"{'':10}{first:>22}{second:>12}{'+/-':>9}"]
     for organ in twin:
         difference = ssl[organ] - twin[organ]
         lines.append(f"{organ:10}{twin[organ]:22.3f}{ssl[organ]:12.3f}{difference:+9.3f}")
@@ -210,7 +213,7 @@ def draw_picture(path: Path, test: Path, predictions: Path, scores: Mapping[str,
     def read(file: Path) -> np.ndarray:
         return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
-    cases = sorted(scores[TRAINERS[0]])[:3]
+    cases = sorted(scores["SSLTrainer"])[:3]
     colours = ListedColormap(["#e6550d", "#31a354", "#3182bd"])
     figure = Figure(figsize=(10, 2.7 * len(cases)), layout="constrained")
     FigureCanvasAgg(figure)

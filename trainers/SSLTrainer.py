@@ -51,7 +51,8 @@ class SSLTrainer(SemiSupervisedTrainer):
             pieces  of a class that is one piece in 98 % of the annotated cases (2D: slices), the
                  largest; the others become background. None where fewer than 20 tell, patches are
                  small, or labels partial
-            sup  nnU-Net's loss
+            sup  nnU-Net's loss; where annotated cases hold few patches (`mix_share`), in half of
+                 the steps each of them shows a box of another one, as in BCP's pre-training
             pse  counted CE / #pseudo-labelled voxels + Dice over counted voxels
         b = 1, less if the teacher loses a class (always 1 with the ignore label)
         r = clip((d - .7) / .2, 0, 1), d the Dice of the student on the annotated patches of about
@@ -75,7 +76,8 @@ class SSLTrainer(SemiSupervisedTrainer):
     """
 
     method: ClassVar[str] = "default of nnunet_ssl"
-    paper: ClassVar[str] = "parts of FixMatch, UniMatch and Mean Teacher"
+    paper: ClassVar[str] = "parts of FixMatch, UniMatch, Mean Teacher and BCP"
+    twin: ClassVar[str] = "SSLTrainerSupervised+labeled_mix=auto"
     needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
@@ -84,6 +86,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     pieces_seen: ClassVar[int] = 20
     pieces_share: ClassVar[float] = 0.98
 
+    labeled_mix: float | Literal["auto"] = "auto"
     unsup_weight: float = 1.0  # lambda, after the ramp-up
     normalized: bool = False  # divide the loss by 1 + lam b r
     # fractions of training: on labelled scans only, and from which the full weight holds; `ramp`

@@ -269,9 +269,9 @@ def test_finished_cells_are_not_touched_and_new_ones_are_added(place, commands, 
     before, states = len(commands.ran), tree(place / "out" / "cells")
     run("draws: [0, 1]", "draws: [0]")
     assert len(commands.ran) == before
-    assert run("[SSLTrainer]", "[SSLTrainer, SSLTrainerFixMatch]") == 0
+    assert run("[SSLTrainer]", "[SSLTrainer, SSLTrainer+warmup=0.2]") == 0
     new = commands.ran[before:]
-    assert sum("nnUNetv2_train" in c for c in new) == 4  # FixMatch; three more of draw 1
+    assert sum("nnUNetv2_train" in c for c in new) == 4  # with warmup; three more of draw 1
     kept = {p: t for p, t in tree(place / "out" / "cells").items() if p in states}
     changed = {p for p in kept if kept[p] != states[p]}
     assert {p.name for p in changed} <= {"task.json"} | {
@@ -283,7 +283,7 @@ def test_finished_cells_are_not_touched_and_new_ones_are_added(place, commands, 
 def test_begun_training_continues(place, commands, run):
     commands.broken = "nnUNetv2_predict"
     assert run() == 1
-    state = next((place / "out" / "cells").glob("2labeled_draw0*Supervised/state.json"))
+    state = next((place / "out" / "cells").glob("2labeled_draw0*Supervised*/state.json"))
     content = json.loads(state.read_text(encoding="utf-8"))
     del content["stages"]["train"]
     state.write_text(json.dumps(content))  # as if killed before its end was noted
@@ -373,7 +373,8 @@ def test_only_and_dry_run(place, commands, run, capsys):
     run(dry_run=True)
     assert tree(place / "out") == before
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split()[:3] == ["2labeled_draw1_seed1_SSLTrainerSupervised", "twin", "done"]
+    twin = "2labeled_draw1_seed1_SSLTrainerSupervised+labeled_mix=auto"
+    assert lines[2].split()[:3] == [twin, "twin", "done"]
     assert "about" in lines[0] and "about" not in lines[1]  # a twin's time is known by now
     assert re.search(r"4 cells, 3 to run, about \d+ s and 2 of unknown time", lines[-1])
 
@@ -564,7 +565,11 @@ def test_jobs_of_submitit(place, programs, run, monkeypatch):
     states = [c["state"] for c in runs(place)["cells"]]
     assert states == ["done", "waiting"]
     assert (
-        place / "out" / "cells" / "2labeled_draw0_seed1_SSLTrainerSupervised" / "job.txt"
+        place
+        / "out"
+        / "cells"
+        / "2labeled_draw0_seed1_SSLTrainerSupervised+labeled_mix=auto"
+        / "job.txt"
     ).is_file()
 
 

@@ -45,12 +45,14 @@ def run(tmp_path):
 
 
 def test_each_fold_of_twin_and_method_is_scored_and_reported(commands, run, tmp_path, capsys):
-    assert run("SSLTrainer+num_epochs=3", "SSLTrainerFixMatch+num_epochs=3+threshold=0.9") == 0
+    assert (
+        run("SSLTrainerFixMatch+num_epochs=3", "SSLTrainerFixMatch+num_epochs=3+threshold=0.9") == 0
+    )
     content = json.loads((tmp_path / "out" / "runs.json").read_text(encoding="utf-8"))
     cells = content["cells"]
     assert content["units"] == "folds" and content["labels"] == {"organ1": 1, "organ2": 2}
-    assert content["command"].startswith("nnunet_ssl compare -d 901 -c 2d -tr SSLTrainer+num_ep")
-    names = ["SSLTrainerSupervised", "SSLTrainer", "SSLTrainerFixMatch+threshold=0.9"]
+    assert content["command"].startswith("nnunet_ssl compare -d 901 -c 2d -tr SSLTrainerFix")
+    names = ["SSLTrainerSupervised", "SSLTrainerFixMatch", "SSLTrainerFixMatch+threshold=0.9"]
     assert [c["name"] for c in cells] == names * 3  # what all share is left out of the names
     assert [c["fold"] for c in cells] == [str(k) for k in range(3) for _ in names]
     assert all(c["state"] == "done" and c["budget"] == 3 for c in cells)
@@ -69,7 +71,9 @@ def test_each_fold_of_twin_and_method_is_scored_and_reported(commands, run, tmp_
     assert "3 folds, 9 trainings to run" in out and "In all about 1 h 30 min" in out
 
     before = len(commands.ran)
-    assert run("SSLTrainer+num_epochs=3", "SSLTrainerFixMatch+num_epochs=3+threshold=0.9") == 0
+    assert (
+        run("SSLTrainerFixMatch+num_epochs=3", "SSLTrainerFixMatch+num_epochs=3+threshold=0.9") == 0
+    )
     assert len(commands.ran) == before
     assert "trainings to run" not in capsys.readouterr().out  # so nobody is asked either
 

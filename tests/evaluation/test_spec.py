@@ -144,7 +144,7 @@ def test_a_cell_for_each_budget_draw_and_seed_with_twins(read):
 
 
 def test_trainers_of_one_twin_share_it_and_named_twins_are_not_doubled(read):
-    new = "[SSLTrainerSupervised, SSLTrainer, SSLTrainerFixMatch]"
+    new = "[SSLTrainerSupervised, SSLTrainerFixMatch, SSLTrainerFixMatch+threshold=0.9]"
     cells = expand(read("[SSLTrainer, SSLTrainerBCP]", new), 10)
     assert [c.name for c in cells[:3]] == new.strip("[]").split(", ")
     assert len(cells) == 4 * 3
@@ -170,20 +170,23 @@ def test_settings_in_a_name_win_and_reach_the_twin_that_knows_them(read):
     assert bcp.trainer.startswith("SSLTrainerBCP+num_epochs=9+initial_lr=1e-3+box=0.5")
     twin = next(c for c in cells if c.id == bcp.twin)
     assert twin.name == "SSLTrainerSupervised+ema_decay=0.9+deploy=student+num_epochs=9"
-    assert twin_of("SSLTrainer+unsup_weight=2") == ("SSLTrainerSupervised", {})
+    name, auto = "SSLTrainerSupervised", {"labeled_mix": "auto"}
+    assert twin_of("SSLTrainer+unsup_weight=2") == (name, auto)
+    assert twin_of("SSLTrainer+labeled_mix=0") == (name, {"labeled_mix": "0"})
 
 
 def test_extra_rows(read):
     cells = expand(read(more="also: [stock, bound, equal_compute]\npseudo_labels: 3\n"), 10)
     by_role = {role: [c for c in cells if c.role == role] for role in {c.role for c in cells}}
-    assert [c.id for c in by_role["bound"]] == ["all_seed1_SSLTrainerSupervised"]
+    assert [c.id for c in by_role["bound"]] == ["all_seed1_SSLTrainerSupervised+labeled_mix=auto"]
     assert by_role["bound"][0].budget == 10 and by_role["bound"][0].twin is None
     assert len(by_role["stock"]) == 4
     stock = by_role["stock"][0]
     assert (stock.trainer, stock.name, stock.epochs) == ("nnUNetTrainer", "nnUNetTrainer", 1000)
     first, second = by_role["equal_compute"][:2]
     assert (first.epochs, second.epochs) == (7, 4)  # 3 epochs x 7/3 and 4/3
-    assert "keep_at=0.4,0.7" in first.trainer and first.name == "SSLTrainerSupervised+num_epochs=7"
+    assert "keep_at=0.4,0.7" in first.trainer
+    assert first.name == "SSLTrainerSupervised+labeled_mix=auto+num_epochs=7"
     twins = {c.id for c in by_role["twin"]}
     assert {first.twin, second.twin, stock.twin} <= twins
     assert len({c.id for c in cells}) == len(cells)

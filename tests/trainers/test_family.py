@@ -253,7 +253,12 @@ def test_full_step_trains_what_is_declared_and_moves_the_teacher(
 
 
 @pytest.mark.parametrize(
-    ("name", "mix"), [*((n, "") for n in sorted(NONE)), ("SSLTrainer", "+labeled_mix=0.5")]
+    ("name", "mix"),
+    [
+        *((n, "") for n in sorted(NONE) if n != "SSLTrainer"),
+        ("SSLTrainer", "+labeled_mix=0"),
+        ("SSLTrainer", "+labeled_mix=auto"),
+    ],
 )
 def test_no_unlabeled_weight_is_the_twin_exactly(name, mix, make_trainer):
     twin = start(make_trainer(f"SSLTrainerSupervised{mix}", configuration=configuration_of(name)))

@@ -258,7 +258,7 @@ def test_log_tells_terms_weight_coverage_shares_and_dice(nnunet, make_trainer, m
 @pytest.mark.parametrize("dataset", ["Toy", "RegionsIgnore"])
 def test_what_the_student_does_not_know_teaches_nothing(dataset, nnunet, make_trainer):
     name = "SSLTrainer+warmup=0+rampup_end=0+threshold_low=0+ready_low=0.6+ready_high=0.8"
-    trainer = start(make_trainer(name, dataset, "2d"))
+    trainer = start(make_trainer(f"{name}+labeled_mix=0", dataset, "2d"))
     readiness, batch = trainer.companions["readiness"], next_batch(trainer)
 
     def unsup(dice):
@@ -315,22 +315,26 @@ def test_one_patch_has_none_to_mix_with(nnunet, make_trainer):
 
 
 @pytest.mark.parametrize(
-    ("configuration", "patch", "batch", "share"),
+    ("configuration", "patch", "cases", "batch", "share"),
     [
-        ("2d", (16, 16), 2, 0.5),  # half of a slice of 16 x 32
-        ("2d", (16, 15), 2, 0),
-        ("2d", (16, 16), 1, 0),
-        ("3d_fullres", (16, 16, 16), 2, 0.5),  # half of a case
-        ("3d_fullres", (16, 16, 15), 2, 0),
+        ("2d", (16, 16), 5, 2, 0.5),  # a patch is half a slice, a case 10 slices: 100 patches
+        ("2d", (16, 15), 5, 2, 0),
+        ("2d", (16, 16), 6, 2, 0),
+        ("2d", (16, 16), 5, 1, 0),  # no other patch to take a box from
+        ("3d_fullres", (10, 16, 16), 50, 2, 0.5),  # half a case
+        ("3d_fullres", (10, 16, 16), 51, 2, 0),
+        ("3d_fullres", (40, 40, 40), 100, 2, 0.5),  # larger than a case
     ],
 )
-def test_auto_mixes_where_a_patch_holds_half_of_a_case(
-    configuration, patch, batch, share, make_trainer
+def test_auto_mixes_where_annotated_cases_hold_few_patches(
+    configuration, patch, cases, batch, share, make_trainer, monkeypatch
 ):
     trainer = make_trainer("SSLTrainerSupervised+labeled_mix=auto", configuration=configuration)
-    case = (16, 16, 32)[-len(patch) :]
-    plan = {"median_image_size_in_voxels": case, "patch_size": patch}
+    case = [10, 16, 32]
+    plan = {"median_image_size_in_voxels": case[-len(patch) :], "patch_size": patch}
     trainer.configuration_manager.configuration.update(plan)
+    trainer.plans_manager.plans["original_median_shape_after_transp"] = case
+    monkeypatch.setattr(trainer, "do_split", lambda: ([str(i) for i in range(cases)], []))
     trainer.batch_size = batch
     assert trainer.mix_share() == share
 
