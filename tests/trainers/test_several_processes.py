@@ -19,10 +19,12 @@ from nnunet_ssl.history import LOG_NAME, History, read_log
 PROCESSES = 2
 # halves of a batch of 4: what is mixed in each half is what is mixed in the whole
 HALVES = [0, 3], [1, 2]
+# a process takes the boxes of annotated patches from its own ones, not from the joint batch
+DEFAULT = "SSLTrainer+labeled_mix=0+threshold_low=0"
 CASES = {
-    "default": ("SSLTrainer+threshold_low=0+exchange_probability=0.5", "Toy", "2d"),
-    "default3d": ("SSLTrainer+threshold_low=0+exchange_probability=0.5", "Toy", "3d_fullres"),
-    "regions": ("SSLTrainer+threshold_low=0+exchange_probability=1", "RegionsIgnore", "2d"),
+    "default": (f"{DEFAULT}+exchange_probability=0.5", "Toy", "2d"),
+    "default3d": (f"{DEFAULT}+exchange_probability=0.5", "Toy", "3d_fullres"),
+    "regions": (f"{DEFAULT}+exchange_probability=1", "RegionsIgnore", "2d"),
     "mean_teacher": ("SSLTrainerMeanTeacher", "Toy", "2d"),
     "fixmatch": ("SSLTrainerFixMatch+threshold=0.4", "Toy", "2d"),
     "bcp": ("SSLTrainerBCP", "Toy", "2d"),
