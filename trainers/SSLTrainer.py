@@ -70,7 +70,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     the teacher saw. Both cost accuracy where they were measured.
 
     Deviates from those sources: class-relative thresholds; the first part of training is supervised
-    only; r; pieces, which are BCP's but for the conditions.
+    only; r; pieces and boxes between annotated patches, which are BCP's but for the conditions.
     Padding of labelled patches counts as background, as in nnU-Net; padding of unlabelled ones does
     not count.
     """
@@ -86,7 +86,7 @@ class SSLTrainer(SemiSupervisedTrainer):
     pieces_seen: ClassVar[int] = 20
     pieces_share: ClassVar[float] = 0.98
 
-    labeled_mix: float | Literal["auto"] = "auto"
+    labeled_mix: float | Literal["auto"] = "auto"  # Deviates: BCP, all steps of a pre-training
     unsup_weight: float = 1.0  # lambda, after the ramp-up
     normalized: bool = False  # divide the loss by 1 + lam b r
     # fractions of training: on labelled scans only, and from which the full weight holds; `ramp`
