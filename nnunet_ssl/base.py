@@ -56,6 +56,7 @@ from nnunet_ssl.functional import (
     full_res,
     gather,
     hard_labels,
+    joint_roll,
     joint_share,
     largest_component,
     largest_component_regions,
@@ -263,7 +264,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.step = 0
         self._phases: list[Phase] = []
         self._single_piece: list[int] | None = None  # found when first asked for
-        self._few_patches: bool | None = None  # alike
+        self._mix_share: float | None = None  # alike, of "auto"
         self._resumed: dict | None = None
         self._meter = Meter()
         self._skipped_steps = 0  # of this epoch, as the next one
@@ -304,8 +305,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"each of {process_count()} GPUs the same number, at least {cls.least_patches}. "
                 f"Give another -num_gpus, or plan for more GPU memory."
             )
-        rule = "0: a batch, on each GPU, of 1 patch has no other one to take a box from"
-        cls.require(patches > 1 or cls.labeled_mix in (0, "auto"), "labeled_mix", rule)
+        rule = "0: a batch of 1 patch has no other one to take a box from"
+        several = config.batch_size > 1
+        cls.require(several or cls.labeled_mix in (0, "auto"), "labeled_mix", rule)
 
     def initialize(self) -> None:
         """Build student, companions, losses and optimizers."""
@@ -350,6 +352,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.print_to_log_file(
                 "WARNING: this CPU has no bfloat16, so bf16_on_cpu has no effect: float32 is used."
             )
+        self.mix_share()  # says what "auto" comes to
         self._history = History(self.output_folder, writes=self.local_rank == 0)
         if self._resumed is None:
             if self.local_rank == 0:
@@ -576,10 +579,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
         if self.labeled_mix != "auto":
             return self.labeled_mix
-        if self._few_patches is None:
+        if self._mix_share is None:
             training_cases, _ = self.do_split()
-            self._few_patches = len(training_cases) / self.patch_share() <= MIXED_PATCHES
-        return MIXED_STEPS if self._few_patches and self.batch_size > 1 else 0.0
+            patches = len(training_cases) / self.patch_share()
+            few = patches <= MIXED_PATCHES and self.batch_size * process_count() > 1
+            self._mix_share = MIXED_STEPS if few else 0.0
+            self.print_to_log_file(
+                f"The annotated training cases hold about {patches:.0f} patches side by side: "
+                f"boxes of each other in {self._mix_share:.0%} of the steps (labeled_mix=auto)."
+            )
+        return self._mix_share
 
     def mix_labeled(self, batch: Batch, inside: Tensor) -> Batch:
         """Return the batch with annotated patches that show their neighbour, labels alike.
@@ -590,7 +599,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """
 
         def mixed(t: Tensor) -> Tensor:
-            return torch.where(inside, t.roll(1, 0), t)
+            return torch.where(inside, joint_roll(t), t)
 
         return replace(
             batch,

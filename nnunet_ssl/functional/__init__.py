@@ -61,6 +61,7 @@ from nnunet_ssl.functional.haar import fft_bands, haar_split, laplacian_bands
 from nnunet_ssl.functional.joint import (
     copy_from_first,
     gather,
+    joint_roll,
     joint_share,
     joint_sum,
     process_count,
@@ -183,6 +184,7 @@ __all__ = [
     "half_mirrored",
     "hard_labels",
     "iuc_contrast",
+    "joint_roll",
     "joint_share",
     "joint_sum",
     "laplacian_bands",

@@ -49,6 +49,21 @@ def joint_share(part: Tensor, whole: Tensor) -> Tensor:
     return part / whole
 
 
+def joint_roll(value: Tensor) -> Tensor:
+    """Return the joint batch moved by one sample, last one first: this process's part of it.
+
+    Args:
+        value: (B, *), the same shape and type in every process; without gradient.
+    """
+    last = value[-1:]
+    if (processes := process_count()) > 1:
+        sent = last.contiguous().view(torch.uint8)  # NCCL sends no 16-bit integers
+        received = [torch.empty_like(sent) for _ in range(processes)]
+        dist.all_gather(received, sent)
+        last = received[dist.get_rank() - 1].view(value.dtype)
+    return torch.cat([last, value[:-1]])
+
+
 def gather(value: Any) -> list[Any]:
     """Return every process's object, in the order of their ranks; waits for all."""
     processes = process_count()

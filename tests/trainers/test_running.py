@@ -336,7 +336,10 @@ def test_auto_mixes_where_annotated_cases_hold_few_patches(
     trainer.plans_manager.plans["original_median_shape_after_transp"] = case
     monkeypatch.setattr(trainer, "do_split", lambda: ([str(i) for i in range(cases)], []))
     trainer.batch_size = batch
-    assert trainer.mix_share() == share
+    said: list[str] = []
+    monkeypatch.setattr(trainer, "print_to_log_file", said.append)
+    assert trainer.mix_share() == trainer.mix_share() == share
+    assert len(said) == 1 and f"in {share:.0%} of the steps" in said[0]
 
 
 @pytest.mark.parametrize(("share", "times"), [(0, 0), (0.5, 2), (1, 4)])

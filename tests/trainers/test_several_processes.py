@@ -12,6 +12,7 @@ import torch.multiprocessing
 from make_trainers import FOLDERS, new_trainer
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
+from nnunet_ssl import base
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import gather, joint_sum, shared_count
 from nnunet_ssl.history import LOG_NAME, History, read_log
@@ -19,10 +20,12 @@ from nnunet_ssl.history import LOG_NAME, History, read_log
 PROCESSES = 2
 # halves of a batch of 4: what is mixed in each half is what is mixed in the whole
 HALVES = [0, 3], [1, 2]
-# a process takes the boxes of annotated patches from its own ones, not from the joint batch
+IN_ORDER = [0, 1], [2, 3]
 DEFAULT = "SSLTrainer+labeled_mix=0+threshold_low=0"
 CASES = {
     "default": (f"{DEFAULT}+exchange_probability=0.5", "Toy", "2d"),
+    "mixed": ("SSLTrainer+labeled_mix=0.5+threshold_low=0", "Toy", "2d"),
+    "mixed3d": ("SSLTrainerSupervised+labeled_mix=1", "Toy", "3d_fullres"),
     "default3d": (f"{DEFAULT}+exchange_probability=0.5", "Toy", "3d_fullres"),
     "regions": (f"{DEFAULT}+exchange_probability=1", "RegionsIgnore", "2d"),
     "mean_teacher": ("SSLTrainerMeanTeacher", "Toy", "2d"),
@@ -60,6 +63,7 @@ def without_chance(trainer, patch: pytest.MonkeyPatch) -> None:
 
     module = sys.modules[type(trainer).__mro__[1].__module__]
     patch.setattr(module, "random_boxes", boxes, raising=False)
+    patch.setattr(base, "random_boxes", boxes)
     patch.setattr(module, "add_noise", lambda x, *args: x, raising=False)
     trainer.strong_intensity = lambda x, valid: x
     trainer.strong_view = lambda *tensors: tensors
@@ -103,7 +107,9 @@ def work(rank: int, folder: Path) -> None:
     results: dict = {}
     for key in CASES:
         batches = torch.load(folder / f"{key}.pt", weights_only=False)
-        results[key] = train_on([part_of(b, HALVES[rank]) for b in batches], key)
+        # a box comes from the patch before, across processes
+        halves = IN_ORDER if key.startswith("mixed") else HALVES
+        results[key] = train_on([part_of(b, halves[rank]) for b in batches], key)
     results["refused"] = refusals()
     results["whole"] = whole_training(folder)
     logit = torch.tensor(float(rank), requires_grad=True)
