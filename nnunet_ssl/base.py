@@ -77,8 +77,9 @@ check_nnunet_version()
 
 Terms = dict[str, Tensor]
 LABELED_BOX = (0.3, 0.8)  # sides of a box between annotated patches, as fractions of the patch
-MIXED_STEPS = 0.5  # with labeled_mix=auto, where annotated cases hold at most
-MIXED_PATCHES = 100  # patches side by side
+MIXED_STEPS = 0.5  # with labeled_mix=auto, where annotated training cases are at most
+MIXED_CASES = 20
+MIXED_PATCHES = 130  # and hold at most so many patches side by side
 GRADIENT_CLIP = 12  # nnU-Net's, per module
 # a class is lost or inflated whose share among pseudo-labels is under or above its share among
 # labels by these factors
@@ -574,18 +575,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def mix_share(self) -> float:
         """Return in which share of the steps annotated patches show boxes of each other.
 
-        "auto" is half of them if the annotated training cases hold at most 100 patches side by side
-        (2D: slices, if a patch holds one) and a batch more than one patch; otherwise none.
+        "auto" is half of them if there are at most 20 annotated training cases, if these hold at
+        most 130 patches side by side (2D: slices, if a patch holds one) and a batch has more than
+        one patch; otherwise none.
         """
         if self.labeled_mix != "auto":
             return self.labeled_mix
         if self._mix_share is None:
-            training_cases, _ = self.do_split()
-            patches = len(training_cases) / self.patch_share()
-            few = patches <= MIXED_PATCHES and self.batch_size * process_count() > 1
-            self._mix_share = MIXED_STEPS if few else 0.0
+            cases = len(self.do_split()[0])
+            patches = cases / self.patch_share()
+            few = cases <= MIXED_CASES and patches <= MIXED_PATCHES
+            mixes = few and self.batch_size * process_count() > 1
+            self._mix_share = MIXED_STEPS if mixes else 0.0
             self.print_to_log_file(
-                f"The annotated training cases hold about {patches:.0f} patches side by side: "
+                f"{cases} annotated training cases hold about {patches:.0f} patches side by side: "
                 f"boxes of each other in {self._mix_share:.0%} of the steps (labeled_mix=auto)."
             )
         return self._mix_share
