@@ -77,9 +77,8 @@ check_nnunet_version()
 
 Terms = dict[str, Tensor]
 LABELED_BOX = (0.3, 0.8)  # sides of a box between annotated patches, as fractions of the patch
-MIXED_STEPS = 0.5  # with labeled_mix=auto, where annotated training cases are at most
-MIXED_CASES = 20
-MIXED_PATCHES = 130  # and hold at most so many patches side by side
+MIXED_STEPS = 0.5  # with labeled_mix=auto, where annotated training scans hold at most
+MIXED_PATCHES = 130  # patches side by side
 GRADIENT_CLIP = 12  # nnU-Net's, per module
 # a class is lost or inflated whose share among pseudo-labels is under or above its share among
 # labels by these factors
@@ -575,21 +574,21 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def mix_share(self) -> float:
         """Return in which share of the steps annotated patches show boxes of each other.
 
-        "auto" is half of them if there are at most 20 annotated training cases, if these hold at
-        most 130 patches side by side (2D: slices, if a patch holds one) and a batch has more than
-        one patch; otherwise none.
+        "auto" is half of them if the annotated training cases are scans, not single 2D images, if
+        they hold at most 130 patches side by side (2D: slices, if a patch holds one) and a batch
+        has more than one patch; otherwise none.
         """
         if self.labeled_mix != "auto":
             return self.labeled_mix
         if self._mix_share is None:
-            cases = len(self.do_split()[0])
-            patches = cases / self.patch_share()
-            few = cases <= MIXED_CASES and patches <= MIXED_PATCHES
-            mixes = few and self.batch_size * process_count() > 1
+            patches = len(self.do_split()[0]) / self.patch_share()
+            slices = self.plans_manager.plans["original_median_shape_after_transp"][0]
+            mixes = patches <= MIXED_PATCHES and slices > 1
+            mixes &= self.batch_size * process_count() > 1
             self._mix_share = MIXED_STEPS if mixes else 0.0
             self.print_to_log_file(
-                f"{cases} annotated training cases hold about {patches:.0f} patches side by side: "
-                f"boxes of each other in {self._mix_share:.0%} of the steps (labeled_mix=auto)."
+                f"labeled_mix=auto: annotated patches, about {patches:.0f} side by side, show "
+                f"boxes of each other in {self._mix_share:.0%} of the steps."
             )
         return self._mix_share
 

@@ -51,7 +51,7 @@ class SSLTrainer(SemiSupervisedTrainer):
             pieces  of a class that is one piece in 98 % of the annotated cases (2D: slices), the
                  largest; the others become background. None where fewer than 20 tell, patches are
                  small, or labels partial
-            sup  nnU-Net's loss; where there are few annotated cases (`mix_share`), in half of
+            sup  nnU-Net's loss; where annotated scans hold few patches (`mix_share`), in half of
                  the steps each of them shows a box of another one, as in BCP's pre-training
             pse  counted CE / #pseudo-labelled voxels + Dice over counted voxels
         b = 1, less if the teacher loses a class (always 1 with the ignore label)

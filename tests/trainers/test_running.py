@@ -315,23 +315,24 @@ def test_one_patch_has_none_to_mix_with(nnunet, make_trainer):
 
 
 @pytest.mark.parametrize(
-    ("configuration", "patch", "cases", "batch", "share"),
+    ("configuration", "patch", "slices", "cases", "batch", "share"),
     [
-        ("2d", (16, 16), 5, 2, 0.5),  # a patch is half a slice, a case 13 slices: 130 patches
-        ("2d", (16, 15), 5, 2, 0),
-        ("2d", (16, 16), 6, 2, 0),
-        ("2d", (16, 16), 5, 1, 0),  # no other patch to take a box from
-        ("3d_fullres", (13, 16, 16), 20, 2, 0.5),  # half a case
-        ("3d_fullres", (13, 16, 16), 21, 2, 0),
-        ("3d_fullres", (13, 2, 32), 17, 2, 0),  # an eighth
-        ("3d_fullres", (40, 40, 40), 20, 2, 0.5),  # larger than a case
+        ("2d", (16, 16), 13, 5, 2, 0.5),  # a patch is half of one of 13 slices: 130 patches
+        ("2d", (16, 15), 13, 5, 2, 0),
+        ("2d", (16, 16), 13, 6, 2, 0),
+        ("2d", (16, 16), 13, 5, 1, 0),  # no other patch to take a box from
+        ("2d", (16, 32), 2, 4, 2, 0.5),
+        ("2d", (16, 32), 1, 4, 2, 0),  # single images
+        ("3d_fullres", (13, 16, 16), 13, 65, 2, 0.5),  # half a case
+        ("3d_fullres", (13, 16, 16), 13, 66, 2, 0),
+        ("3d_fullres", (40, 40, 40), 13, 130, 2, 0.5),  # larger than a case
     ],
 )
-def test_auto_mixes_where_annotated_cases_are_few_and_hold_few_patches(
-    configuration, patch, cases, batch, share, make_trainer, monkeypatch
+def test_auto_mixes_where_annotated_scans_hold_few_patches(
+    configuration, patch, slices, cases, batch, share, make_trainer, monkeypatch
 ):
     trainer = make_trainer("SSLTrainerSupervised+labeled_mix=auto", configuration=configuration)
-    case = [13, 16, 32]
+    case = [slices, 16, 32]
     plan = {"median_image_size_in_voxels": case[-len(patch) :], "patch_size": patch}
     trainer.configuration_manager.configuration.update(plan)
     trainer.plans_manager.plans["original_median_shape_after_transp"] = case
