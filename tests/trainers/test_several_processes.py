@@ -14,7 +14,7 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 from nnunet_ssl import base
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.functional import gather, joint_sum, shared_count
+from nnunet_ssl.functional import gather, joint_roll, joint_sum, shared_count
 from nnunet_ssl.history import LOG_NAME, History, read_log
 
 PROCESSES = 2
@@ -117,6 +117,7 @@ def work(rank: int, folder: Path) -> None:
     total.backward()
     counts = [shared_count(torch.tensor(n)) for n in (rank, 0)]
     results["sum"] = [total.item(), logit.grad.item(), *(c.item() for c in counts)]
+    results["rolled"] = joint_roll(torch.tensor([[7, rank]], dtype=torch.int16))
     torch.save(results, folder / f"result_{rank}.pt")
     dist.destroy_process_group()
 
@@ -225,6 +226,12 @@ def test_a_joint_sum_gives_each_process_the_gradient_of_all(results):
     for rank, result in enumerate(together):
         # (0 + 1)^2 in each; its derivative 2 from each of the two
         assert result["sum"] == [1.0, 4.0, 0.5, 0.5], rank
+
+
+def test_a_process_with_one_sample_gets_that_of_the_process_before(results):
+    _, together = results
+    for rank, result in enumerate(together):
+        assert torch.equal(result["rolled"], torch.tensor([[7, 1 - rank]], dtype=torch.int16))
 
 
 def test_a_killed_training_of_two_processes_goes_on_bit_exactly(results):
