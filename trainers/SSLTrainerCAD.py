@@ -73,7 +73,8 @@ class SSLTrainerCAD(CopyPasteTrainer):
     one, for memory; f2 starts as a copy of f1 when the second stage starts, at its last, not best,
     weights; with `pretrain=0` it has random weights of its own; the mutual losses ramp up; largest
     components only of classes that are one piece (`largest_component=on` is the released form);
-    the teacher predicts (ABD: student 1); padding does not count.
+    the teacher predicts (ABD: student 1); padding of unlabelled patches does not count, that of
+    labelled ones is background in L_mix, as in nnU-Net.
 
     Waits for the device once a step: regions are searched on a coarse grid on the CPU.
     """
@@ -191,6 +192,8 @@ class SSLTrainerCAD(CopyPasteTrainer):
         weak_label = hard_labels(prob, self.regions)
         del prob
         strong_label = hard_labels(self.teacher_prob(strong_u), self.regions)
+        # Deviates: ABD looks for the largest piece among the labels of the noise, too
+        strong_label = torch.where(erased_u, weak_label, strong_label)
         mode = self.largest_component
         return (
             View(

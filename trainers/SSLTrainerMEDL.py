@@ -22,6 +22,7 @@ from nnunet_ssl.functional import (
     sigmoid_rampup,
     voxel_reliability,
 )
+from nnunet_ssl.modules.networks import Link
 
 
 class SSLTrainerMEDL(TwoNetworkTrainer):
@@ -44,15 +45,16 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     B patches are alive together, since each network's opinion is the other's target.
 
     Deviates: architectures are nnU-Net's, plain and residual; p takes the softmax's place in all
-    losses, so that losses, uncertainty and prediction agree. Ranks run from sure to unsure as the
-    paper's aim and figure have it, not as its text. Reliability is normalised by the largest U of a
-    sample: the published sum leaves all weights near 1 (`reliability=upcol`). L_u is ramped up over
-    the first fifth of training, since fresh nnU-Nets predict background (`rampup=0` as published).
-    What makes evidence, Xi, c and the size of lambda_GWU are not in the paper: c is I-EDL's,
-    lambda_GWU is MCF's, Xi is chosen here, and evidence is nearly exp(logits), since with I-EDL's
-    softplus short trainings of nnU-Nets never found a class (`evidence=softplus`). Labelled and
-    unlabelled patches run in turn (instance norm does not join them). Each region is an opinion of
-    two classes. Padding does not count in terms beside L_l.
+    losses, so that losses, uncertainty and prediction agree (`probability=softmax`: the other
+    reading, p = softmax(logits) in L_l, L_w, L_u and for prediction). Ranks run from sure to unsure
+    as the paper's aim and figure have it, not as its text. Reliability is normalised by the largest
+    U of a sample: the published sum leaves all weights near 1 (`reliability=upcol`). L_u is ramped
+    up over the first fifth of training, since fresh nnU-Nets predict background (`rampup=0` as
+    published). What makes evidence, Xi, c and the size of lambda_GWU are not in the paper: c is
+    I-EDL's, lambda_GWU is MCF's, Xi is chosen here, and evidence is nearly exp(logits), since with
+    I-EDL's softplus short trainings of nnU-Nets never found a class (`evidence=softplus`). Labelled
+    and unlabelled patches run in turn (instance norm does not join them). Each region is an opinion
+    of two classes. Padding does not count in terms beside L_l.
     """
 
     method: ClassVar[str] = "Mutual evidential deep learning"
@@ -65,6 +67,8 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     step_memory: ClassVar[float] = 2.0
 
     evidence: Literal["softplus", "exp"] = "exp"  # of logits; not published, I-EDL's is softplus
+    # what CE and Dice see, and what predicts; "softmax": evidence makes opinions and L_I alone
+    probability: Literal["expected", "softmax"] = "expected"
     fusion: Literal["caef", "dempster", "precursor"] = "caef"
     fused_share: float = 0.5  # lambda_2, of the fused uncertainty on labelled voxels
     curriculum: float = 0.5  # Xi, how far weights of easy and hard voxels differ; not published
@@ -85,9 +89,9 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
         cls.require(0 <= cls.curriculum < 1, "curriculum", "in [0, 1)")
 
     @classmethod
-    def link(cls) -> Literal["softplus", "exp"]:
-        """Logits give evidence."""
-        return cls.evidence
+    def link(cls) -> Link:
+        """Logits give evidence, whose expected probability predicts, or are those of nnU-Net."""
+        return cls.evidence if cls.probability == "expected" else "softmax"
 
     def needs_unlabeled(self, progress: float) -> bool:
         """Without weights for them, no unlabelled patches."""
@@ -155,7 +159,9 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
         return curriculum_weight(uncertainty, valid, self.progress, self.curriculum)
 
     def linked(self, output: Any) -> Any:
-        """Return logits whose softmax (sigmoid) is the expected probability, at all scales."""
+        """Return logits whose softmax (sigmoid) is p, at all scales."""
+        if self.probability == "softmax":
+            return output
         if isinstance(output, Tensor):
             return dirichlet_logits(output, self.regions, self.evidence)
         return [dirichlet_logits(z, self.regions, self.evidence) for z in output]

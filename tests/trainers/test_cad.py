@@ -7,7 +7,7 @@ import torch
 from resize_batch import resized
 
 from nnunet_ssl.data.batch import Batch
-from nnunet_ssl.functional import squared_dice_loss
+from nnunet_ssl.functional import hard_labels, squared_dice_loss
 from nnunet_ssl.trainers import SSLTrainerCAD
 
 FULL = "+pretrain=0+rampup=0+largest_component=off"
@@ -145,6 +145,26 @@ def test_noise_of_the_strong_view_teaches_nothing(make_trainer, monkeypatch):
         expected = trainer.displaced(mixes[own], mixes[1 - own], windows)
         assert all(torch.equal(f, expected) for f in found)
     assert all(torch.isfinite(v) for v in terms.values())
+
+
+@pytest.mark.parametrize("dataset", ["Toy", "RegionsIgnore"])
+def test_labels_of_noise_do_not_decide_which_piece_is_largest(make_trainer, monkeypatch, dataset):
+    trainer, data = started(make_trainer, "+cutout_probability=1", dataset)
+    images, filtered, teacher_prob = [], [], trainer.teacher_prob
+
+    def seen_by_teacher(x):
+        images.append(x)
+        return teacher_prob(x)
+
+    monkeypatch.setattr(trainer, "teacher_prob", seen_by_teacher)
+    monkeypatch.setattr(trainer, "keep_largest", lambda x, mode: filtered.append(x) or x)
+    _, strong = trainer.make_views(data, torch.zeros_like(data.valid_l))
+    weak_label, strong_label = filtered
+    noise = (~strong.kept).expand_as(weak_label)
+    in_noise = hard_labels(teacher_prob(images[1]), trainer.regions)
+    assert (in_noise != weak_label)[noise].any()  # else the next line tells nothing
+    assert torch.equal(strong_label[noise], weak_label[noise])
+    assert torch.equal(strong_label[~noise], in_noise[~noise])
 
 
 def test_first_stage_trains_one_student_and_the_second_starts_both_alike(make_trainer):

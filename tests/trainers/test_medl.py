@@ -43,17 +43,26 @@ def with_free_logits(trainer, x):
     return trainer.network.a.z, trainer.network.b.z
 
 
-def test_step_equals_the_formulas(make_trainer):
-    trainer = start(make_trainer(NAME + "+fused_share=0.3+evidence=softplus", "Toy", "2d"))
+@pytest.mark.parametrize(
+    ("evidence", "probability"), [("softplus", "expected"), ("exp", "softmax")]
+)
+def test_step_equals_the_formulas(make_trainer, evidence, probability):
+    settings = f"+fused_share=0.3+evidence={evidence}+probability={probability}"
+    trainer = start(make_trainer(NAME + settings, "Toy", "2d"))
     trainer.step = 3
     batch = next_batch(trainer)
     found = gradients(trainer, trainer.losses(batch))
     logged = values(trainer.losses(batch))
     progress = 3 / 8
 
-    def expected_probability(z):
+    def p(z):
+        if probability == "softmax":
+            return z.softmax(1)
         e = nn.functional.softplus(z)
         return (e + 1) / (e + 1).sum(1, keepdim=True)
+
+    def opinion_of(z):
+        return opinion(z, evidence)
 
     expected: dict[str, torch.Tensor] = {}
 
@@ -61,28 +70,28 @@ def test_step_equals_the_formulas(make_trainer):
         expected[key] = expected.get(key, 0) + value
 
     out = [net(batch.x_l) for net in (trainer.student, trainer.peer)]
-    o = [opinion(full_res(z).detach()) for z in out]
+    o = [opinion_of(full_res(z).detach()) for z in out]
     _, u_f = fuse_opinions(*o)
     valid = batch.valid_l
     for z, own in zip(out, o, strict=True):
-        add("sup", trainer.loss([expected_probability(s).log() for s in z], batch.y_l))
+        add("sup", trainer.loss([p(s).log() for s in z], batch.y_l))
         u = 0.7 * own.uncertainty + 0.3 * u_f
         omega = curriculum_weight(u, valid, progress, 0.5)
-        nll = -expected_probability(z[0]).gather(1, batch.target.long()).log()
+        nll = -p(z[0]).gather(1, batch.target.long()).log()
         add("sup_curriculum", (omega * nll)[valid].mean())
 
     x = batch.views["stock"]
     out = [net(x) for net in (trainer.student, trainer.peer)]
-    belief, u_f = fuse_opinions(*(opinion(full_res(z).detach()) for z in out))
+    belief, u_f = fuse_opinions(*(opinion_of(full_res(z).detach()) for z in out))
     label = belief.argmax(1, keepdim=True)
     valid = batch.valid_u
     w = voxel_reliability(belief, u_f, valid)
     omega = curriculum_weight(u_f, valid, progress, 0.5)
     gwu = 0.1 * torch.exp(torch.tensor(-5 * (1 - progress) ** 2))
     for z in out:
-        log_p = [expected_probability(s).log() for s in z]
+        log_p = [p(s).log() for s in z]
         add("unsup", trainer.pseudo_loss(log_p, label, w, valid))
-        fie = fisher_evidential_loss(opinion(z[0]).alpha, label, 0.05)
+        fie = fisher_evidential_loss(opinion_of(z[0]).alpha, label, 0.05)
         add("unsup_evidence", gwu * (w * omega * fie)[valid].mean())
 
     assert logged == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4)
@@ -90,6 +99,9 @@ def test_step_equals_the_formulas(make_trainer):
     assert reference.keys() == found.keys()
     for name, grad in reference.items():
         assert torch.allclose(grad, found[name], rtol=1e-3, atol=1e-5), name
+    with torch.no_grad():  # what predicts is what was trained
+        mean = sum(p(full_res(net(x))) for net in (trainer.student, trainer.peer)) / 2
+        assert torch.allclose(full_res(trainer.pair(x)).softmax(1), mean, atol=1e-5)
 
 
 @pytest.mark.parametrize("dataset", ["Toy", "RegionsIgnore"])
