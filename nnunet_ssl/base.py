@@ -85,6 +85,7 @@ GRADIENT_CLIP = 12  # nnU-Net's, per module
 COLLAPSE_RATIO = 0.05
 GROWTH_RATIO = 3
 SEARCH_SHARE = 0.01  # of the training's passes, that one search for foreground takes at most
+UNIT_VARIANCE = {"ZScoreNormalization", "CTNormalization"}  # of nnU-Net's normalisations
 UNET_NAMES = tuple(cls.__name__ for cls in UNETS)
 
 NNUNET_SETTINGS = (
@@ -264,6 +265,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.step = 0
         self._phases: list[Phase] = []
         self._single_piece: list[int] | None = None  # found when first asked for
+        self._thick_slices = False  # nnU-Net's "dummy 2D": augmentation within slices only
         self._mix_share: float | None = None  # alike, of "auto"
         self._resumed: dict | None = None
         self._meter = Meter()
@@ -697,8 +699,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return pseudo_label
 
     def strong_intensity(self, x: Tensor, valid: Tensor) -> Tensor:
-        """Return the strong intensity view; channels that nnU-Net masks stay 0 outside the mask."""
-        strong = strong_intensity(x)
+        """Return the strong intensity view; channels that nnU-Net masks stay 0 outside the mask.
+
+        Where nnU-Net turns and zooms within thick slices only, nothing is blurred across them.
+        """
+        schemes = self.configuration_manager.normalization_schemes
+        strong = strong_intensity(
+            x,
+            thick_slices=self._thick_slices,
+            relative_noise=not UNIT_VARIANCE.issuperset(schemes),
+        )
         masked = self.configuration_manager.use_mask_for_norm
         if any(masked):
             channels = torch.tensor(masked, device=x.device).view(1, -1, *[1] * (x.ndim - 2))
@@ -1222,7 +1232,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         patch_size = self.configuration_manager.patch_size
         scales = self._get_deep_supervision_scales()
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+        rotation, self._thick_slices, initial_patch_size, mirror_axes = (
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
         labels = self.label_manager
@@ -1232,7 +1242,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             rotation,
             scales,
             mirror_axes,
-            dummy_2d,
+            self._thick_slices,
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
             is_cascaded=False,
             foreground_labels=labels.foreground_labels,

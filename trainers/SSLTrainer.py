@@ -113,6 +113,8 @@ class SSLTrainer(SemiSupervisedTrainer):
         super().check_settings()
         shares = "in [0, 1], low limits not above high ones"
         cls.require(cls.unsup_weight >= 0, "unsup_weight", "0 or more")
+        rule = "auto or in [0, 1), since readiness looks at patches without boxes"
+        cls.require(cls.labeled_mix != 1, "labeled_mix", rule)
         start, end = cls.ramp()
         cls.require(0 <= start < 1, "warmup", "auto or in [0, 1)")
         rule = f"auto or between warmup and 1, here from {start:g}"
@@ -206,17 +208,29 @@ class SSLTrainer(SemiSupervisedTrainer):
             prob = to_prob(full_res(self.student(x)), self.regions)
         return hard_labels(prob, self.regions), labels, valid
 
+    def on_epoch_end(self) -> None:
+        """Say so if unlabelled patches still do not count when they should count fully."""
+        epoch, full = self.current_epoch, self.ramp()[1] * self.num_epochs
+        super().on_epoch_end()
+        if epoch < full <= epoch + 1 and self.companions["readiness"].value() == 0:
+            self._warn_of_readiness("do not count yet")
+
     def on_train_end(self) -> None:
         """Say so if the training was too short for unlabelled patches to count."""
         super().on_train_end()
-        readiness = self.companions["readiness"]
-        if self.unsup_weight > 0 and readiness.value() < 0.5:
-            self.print_to_log_file(
-                "WARNING: unlabelled scans did not count, or little: on annotated patches the "
-                f"student reaches a Dice of only {readiness.dice():.2f}, and pseudo-labels are no "
-                f"better. They begin to count at {self.ready_low:g} and count fully at "
-                f"{self.ready_high:g}. Train longer, or lower ready_low and ready_high."
-            )
+        if self.companions["readiness"].value() < 0.5:
+            self._warn_of_readiness("did not count, or little")
+
+    def _warn_of_readiness(self, what: str) -> None:
+        if self.unsup_weight == 0:
+            return
+        dice = self.companions["readiness"].dice()
+        self.print_to_log_file(
+            f"WARNING: unlabelled scans {what}: on annotated patches the student reaches a Dice of "
+            f"only {dice:.2f}, and pseudo-labels are no better. They begin to count at "
+            f"{self.ready_low:g} and count fully at {self.ready_high:g}. Train longer, or lower "
+            f"ready_low and ready_high."
+        )
 
     def measure_drift(self) -> dict[str, float | list[float]]:
         """Measure the fixed patches; warn where sureness rises while the student follows less.
@@ -252,6 +266,7 @@ class SSLTrainer(SemiSupervisedTrainer):
             yield {"sup": self.labeled_loss(batch)}
             return
         self.track("brake", brake)
+        pseudo_label = self.keep_pieces(pseudo_label, batch.valid_u)
         x, pseudo_label, counted, valid = self.strong_view(
             batch.x_u, pseudo_label, counted, batch.valid_u
         )
@@ -312,20 +327,20 @@ class SSLTrainer(SemiSupervisedTrainer):
             prob, batch.valid_u, thresholds.bins, self.regions
         )
         self.observe("confidences", joint_sum(histogram))
-        return self.keep_pieces(hard_labels(prob, self.regions)), counted
+        return hard_labels(prob, self.regions), counted
 
-    def keep_pieces(self, labels: Tensor) -> Tensor:
+    def keep_pieces(self, labels: Tensor, valid: Tensor) -> Tensor:
         """Turn all but the largest piece of a class into background; "auto" where that is safe.
 
-        The class is one piece in 98 % of the annotated cases (2D: slices) that show it, 20 at
-        least, and a patch holds enough of a case not to cut one organ in two. Partial annotations
-        do not tell.
+        What the teacher sees in padding is no piece. "auto": the class is one piece in 98 % of the
+        annotated cases (2D: slices) that show it, 20 at least, and a patch holds enough of a case
+        not to cut one organ in two. Partial annotations do not tell.
         """
         mode = self.largest_component
         small = self.patch_share(of_slice=True) < LEAST_PATCH
         if mode == "auto" and (small or self.label_manager.has_ignore_label):
             mode = "off"  # Deviates: BCP keeps the largest of every class in every patch
-        return self.keep_largest(labels, mode)
+        return labels if mode == "off" else self.keep_largest(labels * valid, mode)
 
     def strong_view(
         self, x: Tensor, pseudo_label: Tensor, counted: Tensor, valid: Tensor

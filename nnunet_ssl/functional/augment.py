@@ -5,7 +5,8 @@ known without waiting for the device. Noise voxels come from the generator of th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +28,28 @@ def add_noise(x: Tensor, std: float, clip: float | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def strong_intensity(x: Tensor, ops: tuple[int, int] = (1, 3)) -> Tensor:
+def strong_intensity(
+    x: Tensor,
+    ops: tuple[int, int] = (1, 3),
+    thick_slices: bool = False,
+    relative_noise: bool = False,
+) -> Tensor:
     """Change the intensities of each sample by a few of seven random operations.
 
     Per sample a number from `ops` is drawn, then so many different operations, applied in this
-    order, each with a uniform strength: noise of variance 0-0.1; Gaussian blur of sigma 0.5-1.5
-    voxels; brightness x 0.6-1.4; contrast x 0.5-1.5; resolution x 0.5-1; gamma 0.5-2; gamma 0.7-1.5
-    of the negative. Strengths are shared by a sample's channels, statistics are per channel.
+    order, each with a uniform strength: noise of variance 0-0.1, so up to three times as strong as
+    nnU-Net's, whose `noise_variance` of 0-0.1 is a standard deviation; Gaussian blur of sigma
+    0.5-1.5 voxels (nnU-Net 0.5-1); brightness x 0.6-1.4; contrast x 0.5-1.5; resolution x 0.5-1;
+    gamma 0.5-2; gamma 0.7-1.5 of the negative. Strengths are shared by a sample's channels,
+    statistics are per channel.
 
     Args:
-        x: z-scored images, (B, C, *); not modified, no gradient.
+        x: images, (B, C, *); not modified, no gradient.
         ops: smallest and largest number of operations per sample, inclusive.
+        thick_slices: blur and lower the resolution within the slices of the first spatial axis
+            only; across thick ones an organ would move away from its label.
+        relative_noise: noise is in units of each channel's standard deviation; else in those of
+            `x`, for z-scored images.
 
     Returns:
         (B, C, *), dtype of `x`; geometry unchanged.
@@ -56,30 +68,40 @@ def strong_intensity(x: Tensor, ops: tuple[int, int] = (1, 3)) -> Tensor:
     chosen = rank < torch.randint(fewest, most + 1, (batch, 1))
     strength = torch.rand(batch, len(_OPERATIONS))
     out = x.to(torch.float32, copy=True)
+    axes = tuple(range(3 if thick_slices else 2, x.ndim))
+    options: dict[Callable[..., Tensor], dict[str, Any]] = {
+        _noise: {"relative": relative_noise},
+        _blur: {"axes": axes},
+        _low_resolution: {"axes": axes},
+    }
     for i, (operation, low, high) in enumerate(_OPERATIONS):
         rows = chosen[:, i].nonzero()[:, 0]
         if len(rows):
             value = low + (high - low) * strength[rows, i]
             rows = rows.to(x.device, non_blocking=True)
-            out.index_copy_(0, rows, operation(out.index_select(0, rows), value))
+            changed = operation(out.index_select(0, rows), value, **options.get(operation, {}))
+            out.index_copy_(0, rows, changed)
     return out.to(x.dtype)
 
 
 # Each operation takes float32 images (n, C, *) and one strength per sample, (n,) on the CPU.
 
 
-def _noise(x: Tensor, variance: Tensor) -> Tensor:
-    return x + torch.randn_like(x) * _per_sample(variance.sqrt(), x)
+def _noise(x: Tensor, variance: Tensor, relative: bool) -> Tensor:
+    std = _per_sample(variance.sqrt(), x)
+    if relative:
+        std = std * x.std(tuple(range(2, x.ndim)), correction=0, keepdim=True)
+    return x + torch.randn_like(x) * std
 
 
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+def _blur(x: Tensor, sigma: Tensor, axes: Sequence[int]) -> Tensor:
     # Shifted sums instead of a grouped convolution: no TF32, no cuDNN search per number of samples.
     radius = math.ceil(3 * _LARGEST_SIGMA)
     offsets = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.device, non_blocking=True)
     weights = kernel.T.reshape(-1, x.shape[0], *[1] * (x.ndim - 1))
-    for axis in range(2, x.ndim):
+    for axis in axes:
         size = x.shape[axis]
         index = torch.arange(-radius, size + radius, device=x.device).clamp(0, size - 1)
         padded = x.index_select(axis, index)  # edges repeated
@@ -100,13 +122,14 @@ def _contrast(x: Tensor, factor: Tensor) -> Tensor:
     return changed.clamp(x.amin(axes, keepdim=True), x.amax(axes, keepdim=True))
 
 
-def _low_resolution(x: Tensor, scale: Tensor) -> Tensor:
+def _low_resolution(x: Tensor, scale: Tensor, axes: Sequence[int]) -> Tensor:
     mode = "bilinear" if x.ndim == 4 else "trilinear"
-    spatial = list(x.shape[2:])
+    spatial = dict(enumerate(x.shape[2:], 2))
     results = []
     for sample, s in zip(x.split(1), scale.tolist(), strict=True):  # sizes differ per sample
-        small = interpolate(sample, [max(round(n * s), 1) for n in spatial], mode="nearest-exact")
-        results.append(interpolate(small, spatial, mode=mode))
+        size = [max(round(n * s), 1) if axis in axes else n for axis, n in spatial.items()]
+        small = interpolate(sample, size, mode="nearest-exact")
+        results.append(interpolate(small, list(spatial.values()), mode=mode))
     return torch.cat(results)
 
 
@@ -130,7 +153,7 @@ def _per_sample(value: Tensor, x: Tensor) -> Tensor:
 
 
 _LARGEST_SIGMA = 1.5
-_OPERATIONS = (
+_OPERATIONS: tuple[tuple[Callable[..., Tensor], float, float], ...] = (
     (_noise, 0.0, 0.1),
     (_blur, 0.5, _LARGEST_SIGMA),
     (_brightness, 0.6, 1.4),

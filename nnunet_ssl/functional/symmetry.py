@@ -127,7 +127,7 @@ def perturbed(x: Tensor, part: Tensor) -> Tensor:
         return y + by * span[rows]
 
     def smooth(y: Tensor, s: Tensor, _: Tensor) -> Tensor:
-        return _blur(y, 0.5 + s)
+        return _blur(y, 0.5 + s, axes=(2, 3))
 
     for i, operation in enumerate((noise, gamma, shift, smooth)):
         rows = chosen[:, i].nonzero()[:, 0]

@@ -24,8 +24,8 @@ def images(spatial, batch=3, channels=2):
     return torch.randn(batch, channels, *spatial) * 2 + 1
 
 
-def by_nnunet(transform, x, values, **extra):
-    """Apply nnU-Net's transform sample by sample with the given strengths."""
+def by_nnunet(transform, x, values, kept=0, **extra):
+    """Apply nnU-Net's transform sample by sample with the given strengths, not to `kept` axes."""
     results = []
     for sample, value in zip(x, values.tolist(), strict=True):
         channels = torch.arange(len(sample))
@@ -33,6 +33,7 @@ def by_nnunet(transform, x, values, **extra):
         for key in ("multipliers", "gamma"):
             params[key] = torch.full((len(sample),), value)
         params["scales"] = torch.full((len(sample), sample.ndim - 1), value)
+        params["scales"][:, :kept] = 1  # nnU-Net's `ignore_axes`
         results.append(transform._apply_to_image(sample.clone(), **params))
     return torch.stack(results)
 
@@ -50,20 +51,30 @@ def test_add_noise():
 def test_noise_has_the_variance_of_its_sample():
     x = torch.zeros(3, 2, 60, 60)
     variance = torch.tensor([0.0, 0.02, 0.1])
-    result = augment._noise(x, variance)
+    result = augment._noise(x, variance, relative=False)
     assert result.var((1, 2, 3)).tolist() == pytest.approx(variance.tolist(), rel=0.1)
 
 
-@pytest.mark.parametrize("spatial", SPATIAL)
-def test_blur_equals_direct_sums(spatial):
+def test_relative_noise_follows_the_scale_of_each_channel():
+    scale = torch.tensor([0.1, 30.0]).view(2, 1, 1)
+    x = scale * torch.randn(3, 2, 60, 60) + 5
+    variance = torch.tensor([0.0, 0.02, 0.1])
+    noise = (augment._noise(x, variance, relative=True) - x) / scale
+    for channel in range(2):
+        found = noise[:, channel].var((1, 2)).tolist()
+        assert found == pytest.approx(variance.tolist(), rel=0.15, abs=1e-6)
+
+
+@pytest.mark.parametrize(("spatial", "across"), [*((s, 2) for s in SPATIAL), (SPATIAL[1], 3)])
+def test_blur_equals_direct_sums(spatial, across):
     x = images(spatial)
     sigma = torch.tensor([0.5, 1.0, 1.5])
-    result = augment._blur(x, sigma)
+    result = augment._blur(x, sigma, range(across, x.ndim))
     for sample in range(3):
         expected = x[sample].double()
         s = sigma[sample].item()
         kernel = [math.exp(-0.5 * (o / s) ** 2) for o in range(-5, 6)]
-        for axis in range(1, expected.ndim):
+        for axis in range(across - 1, expected.ndim):
             n = expected.shape[axis]
             rows = expected.unbind(axis)
             blurred = []
@@ -92,13 +103,25 @@ def test_contrast_equals_nnunets(spatial):
     assert (result.amax(axes) <= x.amax(axes)).all() and (result.amin(axes) >= x.amin(axes)).all()
 
 
-@pytest.mark.parametrize("spatial", SPATIAL)
-def test_low_resolution_equals_nnunets(spatial):
+@pytest.mark.parametrize(("spatial", "kept"), [*((s, 0) for s in SPATIAL), (SPATIAL[1], 1)])
+def test_low_resolution_equals_nnunets(spatial, kept):
     x, scale = images(spatial), torch.tensor([0.5, 0.75, 1.0])
     transform = SimulateLowResolutionTransform((0.5, 1), True, True, None)
-    result = augment._low_resolution(x, scale)
-    torch.testing.assert_close(result, by_nnunet(transform, x, scale))
+    result = augment._low_resolution(x, scale, range(2 + kept, x.ndim))
+    torch.testing.assert_close(result, by_nnunet(transform, x, scale, kept))
     torch.testing.assert_close(result[2], x[2])
+
+
+@pytest.mark.parametrize("thick", [False, True])
+def test_thick_slices_stay_apart(thick, monkeypatch):
+    """What one slice shows changes no other one, or a thin organ would leave its label."""
+    mixing = [o for o in augment._OPERATIONS if o[0] in (augment._blur, augment._low_resolution)]
+    monkeypatch.setattr(augment, "_OPERATIONS", tuple(mixing))
+    x = torch.zeros(8, 1, 5, 12, 10)
+    x[:, :, 2] = torch.randn(8, 1, 12, 10)
+    changed = strong_intensity(x, ops=(2, 2), thick_slices=thick)
+    assert not torch.equal(changed[:, :, 2], x[:, :, 2])
+    assert changed[:, :, [0, 1, 3, 4]].any() != thick
 
 
 @pytest.mark.parametrize("spatial", SPATIAL)
@@ -120,8 +143,10 @@ def test_gamma_equals_nnunets(spatial, inverted):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("x", [torch.zeros(2, 1, 6, 6), torch.full((2, 3, 1, 5, 6), -3.7)])
 def test_each_operation_is_finite_on_constant_and_thin_images(name, x):
+    options = {"_noise": {"relative": True}}
+    options |= {n: {"axes": range(2, x.ndim)} for n in ("_blur", "_low_resolution")}
     for value in (0.0, 0.1) if name == "_noise" else (0.5, 1.5):
-        result = getattr(augment, name)(x, torch.full((2,), value))
+        result = getattr(augment, name)(x, torch.full((2,), value), **options.get(name, {}))
         assert result.shape == x.shape and result.isfinite().all()
         if name not in ("_noise", "_brightness"):
             torch.testing.assert_close(result, x)

@@ -370,8 +370,41 @@ def test_a_training_too_short_for_unlabeled_scans_says_so(nnunet, make_trainer, 
     said = []
     monkeypatch.setattr(trainer, "print_to_log_file", lambda *a, **k: said.append(str(a[0])))
     trainer.run_training()
-    (warning,) = (line for line in said if "did not count" in line)
-    assert "Train longer" in warning
+    # once when they should count fully, once at the end
+    first, last = (line for line in said if "unlabelled scans d" in line)
+    assert "do not count yet" in first and "did not count" in last
+    assert "Train longer" in last
+
+
+@pytest.mark.parametrize(
+    ("longest", "scheme", "expected"),
+    [
+        (3, "ZScoreNormalization", (False, False)),
+        (3.5, "CTNormalization", (True, False)),  # as where nnU-Net turns within slices only
+        (3, "RescaleTo01Normalization", (False, True)),
+    ],
+)
+def test_the_strong_view_fits_slices_and_scale(
+    longest, scheme, expected, make_trainer, monkeypatch
+):
+    trainer = make_trainer("SSLTrainer", "Toy", "3d_fullres")
+    patch = [8, 8, round(8 * longest)]
+    monkeypatch.setitem(trainer.configuration_manager.configuration, "patch_size", patch)
+    schemes = [scheme]
+    monkeypatch.setitem(
+        trainer.configuration_manager.configuration, "normalization_schemes", schemes
+    )
+    trainer = start(trainer)
+    seen = []
+
+    def watched(x, **options):
+        seen.append((options["thick_slices"], options["relative_noise"]))
+        return x
+
+    monkeypatch.setattr(base, "strong_intensity", watched)
+    x = torch.zeros(2, 1, *patch)
+    trainer.strong_intensity(x, x > 0)
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize(
@@ -579,6 +612,19 @@ def test_patches_drawn_around_foreground_do_not_count_as_class_shares(nnunet, ma
     assert not torch.equal(*shares)
 
 
+def test_pieces_are_looked_for_only_when_pseudo_labels_count(nnunet, make_trainer, monkeypatch):
+    trainer = start(make_trainer("SSLTrainer+warmup=0.5+largest_component=on", "Toy", "2d"))
+    trainer._unlabeled_active.value = True
+    batch = next_batch(trainer)
+    filtered = []
+    monkeypatch.setattr(trainer, "keep_largest", lambda x, mode: filtered.append(mode) or x)
+    for step, times in ((3, 0), (6, 1)):
+        trainer.step = step
+        values(trainer.losses(batch))
+        assert trainer._observed["confidences"]  # labelled all the same
+        assert len(filtered) == times
+
+
 def two_pieces(trainer):
     """Probabilities (1, K, 32, 32) with 16 and 4 voxels of class 1, apart, all of them sure."""
     label = torch.zeros(1, 1, 32, 32, dtype=torch.int64)
@@ -606,8 +652,14 @@ def test_smaller_pieces_become_background(mode, dataset, share, kept, make_train
     if share is not None:
         monkeypatch.setattr(trainer, "patch_share", lambda of_slice: share)
     labels, counted = trainer.label(batch)
+    assert torch.equal(labels, label) and counted.all()  # the smaller piece teaches background
+    labels = trainer.keep_pieces(labels, batch.valid_u)
     assert (labels == 1).sum() == kept and torch.equal(labels[..., :10], label[..., :10])
-    assert counted.all()  # the smaller piece teaches background
+    # what the teacher sees in padding is no piece, so the smaller one is the largest
+    padded = batch.valid_u.clone()
+    padded[..., 2:6, 2:6] = False
+    left = trainer.keep_pieces(label, padded)[padded]
+    assert torch.equal(left, label[padded])
 
 
 def test_few_annotated_cases_do_not_tell_that_a_class_is_one_piece(make_trainer):
