@@ -152,6 +152,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     supports_ddp: ClassVar[bool] = False
     least_patches: ClassVar[int] = 1  # of a batch, on each of several GPUs
     deploys_stock: ClassVar[bool] = True
+    deployed: ClassVar[str] = ""  # what predicts, in words, where it is not what `deploy` names
     uses_unlabeled: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
     needs_unet: ClassVar[bool] = False  # taps features, or builds the other architecture

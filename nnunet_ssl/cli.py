@@ -447,7 +447,7 @@ def trainer_table(classes: dict[str, Any]) -> str:
                 cls.method,
                 "/".join(cls.dims),
                 cls.networks,
-                cls.deploy if cls.deploys_stock else f"{cls.deploy} (needs nnunet_ssl)",
+                (cls.deployed or cls.deploy) + ("" if cls.deploys_stock else " (needs nnunet_ssl)"),
                 yes_no[cls.supports_regions],
                 yes_no[cls.supports_ignore],
                 yes_no[cls.supports_ddp],
@@ -468,7 +468,8 @@ def trainer_table(classes: dict[str, Any]) -> str:
 
 def describe_trainer(name: str, cls: Any) -> str:
     """What a trainer does and its settings with their defaults."""
-    lines = [name, "", (cls.__doc__ or "").strip().split("\n\n")[0], "", "settings:"]
+    lines = [name, "", (cls.__doc__ or "").strip().split("\n\n")[0], f"Source: {cls.paper}"]
+    lines += ["", "settings:"]
     settings = cls.settings()
     width = max(map(len, settings), default=0)
     lines += [f"  {key.ljust(width)}  {value!r}" for key, value in settings.items()]
@@ -627,15 +628,15 @@ def prepare(args: argparse.Namespace) -> Any:
     import torch
 
     from nnunet_ssl import naming
-    from nnunet_ssl.doctor import VARIABLE, trainer_path
+    from nnunet_ssl.doctor import trainer_path
 
     if args.tr is None:
         args.tr = DEFAULT_TRAINER
         args.raw += ["-tr", DEFAULT_TRAINER]
-    os.environ[VARIABLE] = trainer_path()
+    os.environ[naming.VARIABLE] = trainer_path()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda (the default): no CUDA GPU found here. Add: -device cpu")
-    ours = args.tr.split("+")[0] in naming.trainer_classes()
+    ours = naming.find_trainer(args.tr.split("+")[0])
     return naming.resolve(args.tr) if ours else None
 
 

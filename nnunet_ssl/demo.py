@@ -18,9 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunet_ssl.commands import run_command
-from nnunet_ssl.doctor import VARIABLE, trainer_path
+from nnunet_ssl.doctor import trainer_path
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.io import atomic_path, write_json
+from nnunet_ssl.naming import VARIABLE
 from nnunet_ssl.planning.small import shrink_plans
 from nnunet_ssl.synthetic import ORGANS, write_dataset
 

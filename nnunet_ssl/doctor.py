@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.naming import VARIABLE, discovery_folder
 from nnunet_ssl.version import __version__, check_nnunet_version
 
-VARIABLE = "nnUNet_extTrainer"
 FOLDERS = {
     "nnUNet_raw": "your data sets",
     "nnUNet_preprocessed": "preprocessed data, on a fast disk",
@@ -32,8 +32,6 @@ class Check(NamedTuple):
 
 def trainer_path() -> str:
     """Value of `nnUNet_extTrainer` with our discovery folder added to what is already there."""
-    from nnunet_ssl.naming import discovery_folder
-
     paths = [p for p in os.environ.get(VARIABLE, "").split(os.pathsep) if p.strip()]
     ours = str(discovery_folder())
     return os.pathsep.join(paths if ours in paths else [*paths, ours])

@@ -23,6 +23,7 @@ class TwoNetworkTrainer(SemiSupervisedTrainer):
     """
 
     deploys_stock: ClassVar[bool] = False
+    deployed: ClassVar[str] = "mean of student and peer"
     needs_unet: ClassVar[bool] = True
     networks: ClassVar[str] = "PlainConvUNet, ResidualEncoderUNet"
     twin: ClassVar[str] = "SSLTrainerSupervised+ema_decay=None+deploy=student"

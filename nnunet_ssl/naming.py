@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 from nnunet_ssl.errors import UserError
 
 TRAINERS = "nnunet_ssl.trainers"
+VARIABLE = "nnUNet_extTrainer"  # names the folders in which nnU-Net looks for trainers
 
 
 def discovery_folder() -> Path:
@@ -27,15 +29,41 @@ def trainer_classes(module: str = TRAINERS) -> dict[str, type]:
     return {name: getattr(exported, name) for name in exported.__all__}
 
 
+def find_trainer(name: str, module: str = TRAINERS) -> type | None:
+    """Return the trainer of this name, without settings, or None.
+
+    Beside the trainers of this package these are subclasses of `SemiSupervisedTrainer` in the other
+    folders that `nnUNet_extTrainer` names, found as nnU-Net finds them.
+    """
+    classes = trainer_classes(module)
+    if name in classes or module != TRAINERS or not name.isidentifier():
+        return classes.get(name)
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    from nnunet_ssl.base import SemiSupervisedTrainer
+
+    wanted = f"class {name}("
+    for folder in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+        files = Path(folder).rglob("*.py")  # the finder imports all of them, so look first
+        if any(wanted in file.read_text(encoding="utf-8", errors="ignore") for file in files):
+            found = recursive_find_python_class(
+                folder, name, None, base_folder=folder, cleanup_imports_from_base_folder=True
+            )
+            if isinstance(found, type) and issubclass(found, SemiSupervisedTrainer):
+                return found
+    return None
+
+
 def variants(module: str) -> Callable[[str], type]:
     """Make a module-level `__getattr__` that builds `Trainer+key=value` from a module's trainers.
 
-    Write `__getattr__ = variants("my_package.my_trainers")` into the file that nnU-Net finds, and
-    settings in the name work for your own trainers too.
+    For files that nnU-Net finds. That of this package serves files in the other folders of
+    `nnUNet_extTrainer`, too; trainers of an installed package need
+    `__getattr__ = variants("my_package.my_trainers")` in a file there.
     """
 
     def __getattr__(name: str) -> type:
-        if "+" in name and name.split("+")[0] in trainer_classes(module):
+        if "+" in name and find_trainer(name.split("+")[0], module):
             return resolve(name, module)
         raise AttributeError(name)
 
@@ -57,10 +85,13 @@ def resolve(name: str, module: str = TRAINERS) -> type:
 @cache  # by both arguments, so that a default module gives the same class as a named one
 def _resolve(name: str, module: str) -> type:
     base_name, *pairs = name.split("+")
-    classes = trainer_classes(module)
-    if base_name not in classes:
-        raise UserError(f"No trainer {base_name!r}. There are: {', '.join(sorted(classes))}.")
-    base: Any = classes[base_name]
+    base: Any = find_trainer(base_name, module)
+    if base is None:
+        known = ", ".join(sorted(trainer_classes(module)))
+        where = f" A file of your own belongs into a folder of {VARIABLE}."
+        raise UserError(
+            f"No trainer {base_name!r}. There are: {known}.{where if module == TRAINERS else ''}"
+        )
     if not pairs:
         return base
     values: dict[str, Any] = {}

@@ -9,10 +9,10 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from tqdm import tqdm
 
 from nnunet_ssl.commands import run_command
-from nnunet_ssl.doctor import VARIABLE, trainer_path
+from nnunet_ssl.doctor import trainer_path
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.io import explain_os_error
-from nnunet_ssl.naming import resolve
+from nnunet_ssl.naming import VARIABLE, resolve
 
 FINAL = "checkpoint_final.pth"
 # settings that mean something else in the first stage, or nothing

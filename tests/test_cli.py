@@ -35,7 +35,7 @@ class FakeTrainer:
     """
 
     method, paper, dims, networks = "Guessing", "arXiv:0000.00000", ("2d", "3d"), "any"
-    deploy, deploys_stock, step_cost = "teacher", True, 2.0
+    deploy, deployed, deploys_stock, step_cost = "teacher", "", True, 2.0
     step_memory, trained_networks = 1.0, 1
     supports_regions, supports_ignore, supports_ddp = True, False, False
     uses_unlabeled, twin = True, "SSLTrainerTwin+ema_decay=0.99"
@@ -52,9 +52,10 @@ class FakeTrainer:
 def fake_trainers(monkeypatch):
     class OwnNetwork(FakeTrainer):
         deploys_stock = False
+        deployed = "mean of two"
 
     classes = {"SSLTrainer": FakeTrainer, "SSLTrainerOwn": OwnNetwork}
-    monkeypatch.setattr(naming, "trainer_classes", lambda: classes)
+    monkeypatch.setattr(naming, "trainer_classes", lambda module=None: classes)
     monkeypatch.setattr(naming, "resolve", lambda name: classes[name.split("+")[0]])
 
 
@@ -79,23 +80,23 @@ def test_help_imports_neither_torch_nor_nnunet():
 
 def test_env_keeps_other_folders(monkeypatch, capsys):
     ours = str(naming.discovery_folder())
-    monkeypatch.setenv(doctor.VARIABLE, "/other/trainers")
+    monkeypatch.setenv(naming.VARIABLE, "/other/trainers")
     assert cli.main(["env"]) == 0
     line = capsys.readouterr().out.strip()
     assert line == f"export nnUNet_extTrainer=/other/trainers{os.pathsep}{ours}"
-    monkeypatch.setenv(doctor.VARIABLE, ours)
+    monkeypatch.setenv(naming.VARIABLE, ours)
     assert doctor.trainer_path() == ours
 
 
 def test_list_shows_every_trainer_and_one_with_settings(fake_trainers, capsys):
     cli.main(["list"])
     text = capsys.readouterr().out
-    assert "SSLTrainerOwn" in text and "needs nnunet_ssl" in text
+    assert "SSLTrainerOwn" in text and "mean of two (needs nnunet_ssl)" in text
     assert "2d/3d" in text and "arXiv:0000.00000" in text and "2x" in text
 
     cli.main(["list", "SSLTrainer"])
     text = capsys.readouterr().out
-    assert "Guesses." in text and "Not told" not in text
+    assert "Guesses." in text and "Not told" not in text and "arXiv:0000.00000" in text
     assert "num_epochs" in text and "250" in text
 
 
@@ -125,13 +126,13 @@ def entry_points(monkeypatch, fake_trainers):
 
     def note():
         seen.argv = list(sys.argv)
-        seen.variable = os.environ[doctor.VARIABLE]
+        seen.variable = os.environ[naming.VARIABLE]
 
     def measure(*args):
         seen.estimates.append(args)
         return "About 1 min"
 
-    monkeypatch.setenv(doctor.VARIABLE, "")
+    monkeypatch.setenv(naming.VARIABLE, "")
     monkeypatch.setattr(train_module, "run_training_entry", note)
     monkeypatch.setattr(predict_module, "predict_entry_point", note)
     monkeypatch.setattr(estimate, "estimate", measure)
@@ -225,7 +226,7 @@ def levels(checks):
 
 
 def test_doctor_on_an_empty_set_up(monkeypatch, capsys):
-    for name in (*doctor.FOLDERS, doctor.VARIABLE):
+    for name in (*doctor.FOLDERS, naming.VARIABLE):
         monkeypatch.delenv(name, raising=False)
     assert cli.main(["doctor", "-d", "4"]) == 1
     text = capsys.readouterr().out
@@ -253,7 +254,7 @@ def test_doctor_on_broken_folders(monkeypatch, tmp_path):
 def test_doctor_on_a_trainer_folder_that_fails_to_import(monkeypatch, tmp_path):
     (tmp_path / "broken_trainer.py").write_text("import a_module_that_does_not_exist\n")
     folders = os.pathsep.join([str(tmp_path), str(naming.discovery_folder())])
-    monkeypatch.setenv(doctor.VARIABLE, folders)
+    monkeypatch.setenv(naming.VARIABLE, folders)
     [check] = levels(doctor.check_discovery())
     assert check[0] == "FAIL" and "a_module_that_does_not_exist" in check[1]
     assert "remove its folder" in check[2]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nnunet_ssl import cli, estimate, two_stages
-from nnunet_ssl.doctor import VARIABLE, trainer_path
+from nnunet_ssl.doctor import trainer_path
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.naming import VARIABLE
 from nnunet_ssl.two_stages import pretraining_of, train_in_two_stages
 
 FIRST, SECOND = "SSLTrainerSPCLPretrain+num_epochs=2", "SSLTrainerSPCL+seed=1"

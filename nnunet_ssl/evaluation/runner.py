@@ -16,13 +16,14 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from nnunet_ssl.doctor import VARIABLE, trainer_path
+from nnunet_ssl.doctor import trainer_path
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation import tasks
 from nnunet_ssl.evaluation.cells import Cell
 from nnunet_ssl.evaluation.tasks import LOGS, STATE, TASK, is_done, read_state, read_task
 from nnunet_ssl.history import LOG_NAME
 from nnunet_ssl.io import write_json, write_text
+from nnunet_ssl.naming import VARIABLE
 
 LOCK = ".lock"
 POLL = 0.5  # seconds between two looks at the tasks
