@@ -1,5 +1,7 @@
 """The arithmetic of the measuring scripts, and what they measure beside our trainers."""
 
+import csv
+import gzip
 import json
 from pathlib import Path
 
@@ -207,3 +209,26 @@ def test_blocks_become_their_mean_and_their_most_frequent_label(monkeypatch, tmp
     shrink_dataset.shrink(source, told, [2, 2, 1], spacing=[3.0, 3.0, 10.0])
     for path in (told / "imagesTr" / "c_0000.nii.gz", told / "labelsTr" / "c.nii.gz"):
         assert sitk.ReadImage(str(path)).GetSpacing() == (3.0, 3.0, 10.0)
+
+
+# PSFHS of entry 5, made by an earlier version: other test images and other draws
+OLDER_DATA = {"psfhs_cpu"}
+
+
+def test_results_of_one_data_set_share_their_test_cases():
+    """Else rows of two folders must not stand beside each other (journal, entry 12)."""
+    cases_of: dict[str, dict[frozenset[str], list[str]]] = {}
+    for path in sorted((BENCHMARKS / "results").glob("*/runs.json")):
+        if path.parent.name in OLDER_DATA:
+            continue
+        source = json.loads(path.read_text(encoding="utf-8"))["dataset"]
+        with gzip.open(path.with_name("results.csv.gz"), "rt", encoding="utf-8") as file:
+            cells: dict[str, set[str]] = {}
+            for row in csv.DictReader(file):
+                cells.setdefault(row["cell"], set()).add(row["case"])
+        for cell, cases in cells.items():
+            places = cases_of.setdefault(source, {}).setdefault(frozenset(cases), [])
+            places.append(f"{path.parent.name}/{cell}")
+    assert len(cases_of) > 5
+    for source, groups in cases_of.items():
+        assert len(groups) == 1, (source, [places[:3] for places in groups.values()])
