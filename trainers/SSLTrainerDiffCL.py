@@ -63,7 +63,8 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
     would take out. The bank also has background, so that voxels are told apart from it (SS-Net's
     has none). Voxels of L_cl are drawn evenly over the student's decisions, so shares hold within
     these. B labelled and B unlabelled patches in turn. Ignored voxels have the state 0. Each
-    region is a pair of classes, inside and outside, in L_cl. Padding does not count.
+    region is a pair of classes, inside and outside, in L_cl. The Dice on pseudo-labels leaves out
+    classes of a few voxels. Padding does not count.
     """
 
     method: ClassVar[str] = "Diff-CL, diffusion and convolution teach each other"

@@ -16,14 +16,14 @@ class SSLTrainerFixMatch(SemiSupervisedTrainer):
         p = softmax(teacher(weak(u)));  y = argmax p;  m = [max p >= tau]      no gradient
         L = sup(l) + w { sum m CE(student(strong(u)), y) / #voxels + Dice over m }
 
-    Weak and strong view share their geometry, so nothing is warped back. The first part of
-    training is supervised only.
+    Weak and strong view share their geometry, so nothing is warped back.
 
     Deviates: the EMA teacher labels, not the student, because few labels make student labels
     drift (its horizon follows the length of the run; at full length it is the published 0.999);
-    one unlabelled patch beside each labelled one, not seven; nnU-Net's Dice over the sure voxels
-    stands beside the cross-entropy, as in nnU-Net's supervised loss, since cross-entropy alone
-    neglects small structures; deep supervision as in nnU-Net.
+    one unlabelled patch beside each labelled one, not seven; the first tenth of training is
+    supervised only; nnU-Net's Dice over the sure voxels, without classes of a few voxels, stands
+    beside the cross-entropy, as in nnU-Net's supervised loss, since cross-entropy alone neglects
+    small structures; deep supervision as in nnU-Net.
     """
 
     method: ClassVar[str] = "FixMatch"

@@ -54,7 +54,8 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     I-EDL's, lambda_GWU is MCF's, Xi is chosen here, and evidence is nearly exp(logits), since with
     I-EDL's softplus short trainings of nnU-Nets never found a class (`evidence=softplus`). Labelled
     and unlabelled patches run in turn (instance norm does not join them). Each region is an opinion
-    of two classes. Padding does not count in terms beside L_l.
+    of two classes. The CE of L_u is divided by all voxels, its Dice leaves out classes of a few.
+    Padding does not count in terms beside L_l.
     """
 
     method: ClassVar[str] = "Mutual evidential deep learning"
