@@ -1,11 +1,15 @@
 """Run a command, keep all it says, follow the epochs of a training."""
 
+import os
 import shlex
+import shutil
+import site
 import subprocess
+import sys
 import sysconfig
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nnunet_ssl.errors import UserError
@@ -15,13 +19,41 @@ LINGER = 10  # seconds to read on after the end
 EPOCH_ENDS = "Epoch time: "  # in a line of nnU-Net's training
 
 
+def find_program(name: str) -> str:
+    """Return the file of a console command that was installed for this Python.
+
+    Raises:
+        UserError: it lies neither where this Python installs commands, for all users or for this
+            one, nor beside the running program or Python, nor in PATH.
+    """
+    tried = []
+    for folder in filter(None, _program_folders()):
+        if found := shutil.which(name, path=folder):
+            return found
+        tried.append(folder)
+    if found := shutil.which(name):
+        return found
+    raise UserError(
+        f"The command {name} is not in {', '.join(dict.fromkeys(tried))}, nor in PATH. Add its "
+        f"folder to PATH, or install nnunet_ssl and nnunetv2 again for {sys.executable}."
+    )
+
+
+def _program_folders() -> Iterator[str]:
+    yield sysconfig.get_path("scripts")
+    if site.ENABLE_USER_SITE:  # not in a virtual environment
+        yield sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))
+    yield os.path.dirname(sys.argv[0])  # empty where argv tells no folder: `-c`
+    yield os.path.dirname(sys.executable)
+
+
 def run_command(
     command: Sequence[str],
     log: Path,
     environment: Mapping[str, str],
     on_epoch: Callable[[], object] | None = None,
 ) -> None:
-    """Run a command that is installed beside this Python.
+    """Run a command that is installed for this Python, see `find_program`.
 
     Args:
         command: name and arguments.
@@ -30,15 +62,15 @@ def run_command(
         on_epoch: called at the end of each training epoch.
 
     Raises:
-        UserError: it failed; tells its last lines and its log.
+        UserError: it is not installed, or it failed; tells its last lines and its log.
     """
-    program = Path(sysconfig.get_path("scripts")) / command[0]
+    program = find_program(command[0])
     last: deque[str] = deque(maxlen=LAST_LINES)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
         process = subprocess.Popen(
-            [str(program), *command[1:]],
+            [program, *command[1:]],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -68,7 +68,7 @@ def plan_and_preprocess(
             number of cores.
         fingerprint_processes: cases checked at once; None is 8, at most the number of cores.
         keep_plans: preprocess with the existing plans.
-        verify: check the masks too (shape, spacing, values, number).
+        verify: check the masks too (orientation, shape, spacing, values, number).
 
     Returns:
         Plans identifier, for nnU-Net's `-p`.
@@ -184,6 +184,10 @@ def _plan(
         with silence(), _at_least_one_thread():
             planner = planner_class(raw.folder.name, **options)
             planner.dataset_json = {**planner.dataset_json, "numTraining": num_cases}
+            planner.dataset = {  # its own list holds hidden files too (macOS: ._case_0000.nii.gz)
+                case: {"images": [str(p) for p in paths], "label": str(raw.masks[case])}
+                for case, paths in raw.labeled.items()
+            }
             planner.plan_experiment()
     except OSError as error:
         plans_path.unlink(missing_ok=True)

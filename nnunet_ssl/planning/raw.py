@@ -2,12 +2,14 @@
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -19,6 +21,23 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_ssl.errors import MAX_LISTED, UserError
 from nnunet_ssl.io import check_complete, environment_folder, has_nonfinite_nifti, silence
 from nnunet_ssl.planning.workers import Workers
+
+TOLERANCE = 0.1  # voxel; how far apart two headers may place one voxel by rounding
+TURN_MASK = (
+    "nnU-Net would train on a mirrored or turned mask. `nnunet_ssl convert folder` turns masks. If "
+    "the voxels fit as they are and only the header is wrong, copy that of the image (SimpleITK: "
+    "mask.CopyInformation(image))."
+)
+TURN_CHANNEL = (
+    "nnU-Net would mix up their voxels. Turn one of them (SimpleITK: DICOMOrient), or copy the "
+    "header of the other if only that is wrong."
+)
+MEND_DIRECTION = (
+    "its direction matrix (sform/qform) is not orthonormal, so SimpleITK refuses it; the voxels "
+    "are intact. Mend the header with nibabel: image.set_qform(image.affine), "
+    "image.set_sform(image.get_qform()), and save it under a new name. A scan that is really "
+    "sheared (tilted gantry) must be resampled"
+)
 
 
 def list_cases(folder: Path, file_ending: str, num_channels: int) -> dict[str, list[Path]]:
@@ -35,7 +54,7 @@ def list_cases(folder: Path, file_ending: str, num_channels: int) -> dict[str, l
 
     Raises:
         UserError: folder missing or empty, another file ending, a name without channel number, a
-            channel missing or too many.
+            case name that ends with `_seg`, a channel missing or too many.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -56,6 +75,7 @@ def list_cases(folder: Path, file_ending: str, num_channels: int) -> dict[str, l
             raise UserError(
                 f"{path} has no channel number. Rename it to {stem}_0000{file_ending} (channel 0)."
             )
+        _check_case_name(match[1], path)
         found.setdefault(match[1], set()).add(int(match[2]))
     if not found:
         raise UserError(f"{folder} is empty. Put scans named <case>_0000{file_ending} there.")
@@ -74,6 +94,14 @@ def list_cases(folder: Path, file_ending: str, num_channels: int) -> dict[str, l
         case: [folder / f"{case}_{i:04d}{file_ending}" for i in range(num_channels)]
         for case in sorted(found)
     }
+
+
+def _check_case_name(case: str, path: Path) -> None:
+    if case.endswith("_seg"):
+        raise UserError(
+            f"{path} names the case {case}, but nnU-Net keeps the preprocessed mask of a case X as "
+            f"X_seg. Rename the case with all its files, e.g. to {case.removesuffix('_seg')}-seg."
+        )
 
 
 @dataclass
@@ -168,6 +196,8 @@ def read_raw_dataset(source: int | Path, unlabeled: bool = True) -> RawDataset:
         )
         labeled = {k: [Path(p) for p in v["images"]] for k, v in listed.items()}
         masks = {k: Path(v["label"]) for k, v in listed.items()}
+        for case in labeled:
+            _check_case_name(case, folder / "dataset.json")
         for path in (p for paths in labeled.values() for p in paths):
             if not path.is_file():
                 raise UserError(f"{path} is missing, but {folder / 'dataset.json'} lists it.")
@@ -223,12 +253,53 @@ def _read_dataset_json(folder: Path) -> dict:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}. Correct the file.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object ({{...}}). Correct the file.")
     missing = [k for k in ("labels", "numTraining", "file_ending") if k not in content]
     if not _channel_names(content):
         missing.append("channel_names")
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}. Add what is missing.")
+    channels = _channel_names(content)
+    if not isinstance(channels, dict) or not all(isinstance(c, str) for c in channels.values()):
+        key = "channel_names" if content.get("channel_names") else "modality"
+        raise UserError(
+            f"{path}: {key} is {json.dumps(channels)}. Write number and name of each channel: "
+            f'{{"0": "T1", "1": "T2"}}'
+        )
+    _check_labels(path, content)
     return content
+
+
+def _check_labels(path: Path, content: Mapping[str, Any]) -> None:
+    """Apply the rules of nnU-Net's LabelManager and verify_dataset_integrity.
+
+    Raises:
+        UserError: names `path`, the key and the fix.
+    """
+    labels = content["labels"]
+    if not isinstance(labels, dict) or "background" not in labels:
+        raise UserError(
+            f'{path}: labels does not name "background". Write names before values, and background '
+            f'is 0: {{"background": 0, "liver": 1}}'
+        )
+    counted = {name: value for name, value in labels.items() if name != "ignore"}
+    try:
+        values = LabelManager(counted, content.get("regions_class_order")).all_labels
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: nnU-Net refuses labels or regions_class_order: {str(error).rstrip('.!')}. "
+            f"Correct them."
+        ) from error
+    values = [int(i) for i in values]
+    if labels.get("ignore") is not None:
+        values.append(labels["ignore"])
+    if values != list(range(len(values))):
+        raise UserError(
+            f"{path}: labels has the values {values}, but nnU-Net needs consecutive ones from 0 "
+            f"on, the highest for ignore if there is one. Renumber them here and in the masks; "
+            f"`nnunet_ssl convert folder --labels NAME=VALUE ...` does both."
+        )
 
 
 @dataclass(frozen=True)
@@ -241,6 +312,8 @@ class CaseInfo:
         spacing: mm, in the order of the shape.
         relative_size: voxels after cropping / before, in (0, 1].
         is_2d: the image is one slice.
+        misplaced: a file whose header places the voxels elsewhere than that of the image, and how
+            far; empty if there is none.
     """
 
     content: str
@@ -248,6 +321,7 @@ class CaseInfo:
     spacing: tuple[float, ...]
     relative_size: float
     is_2d: bool
+    misplaced: str = ""
 
 
 def inspect_case(
@@ -267,19 +341,22 @@ def inspect_case(
         labels: values that the mask may hold.
 
     Raises:
-        UserError: unreadable or cut short; NaN or infinite values; channels that differ in shape
-            or spacing; a mask of another shape or spacing or with unknown values.
+        UserError: unreadable or cut short; NaN or infinite values; channels that differ in
+            orientation, shape or spacing; a mask that does, or one with unknown values.
     """
     arrays: list[np.ndarray] = []
-    first_spacing: list[float] = []
+    first: dict[str, Any] = {}
+    misplaced: list[str] = []
     for path in paths:  # one by one, to name the file at fault
-        array, spacing = _read(path, reader_writer_class)
+        array, properties = _read(path, reader_writer_class)
         if not np.isfinite(array).all() or has_nonfinite_nifti(path):
             raise UserError(f"{path} holds NaN or infinite values. Replace them, e.g. by 0.")
         if arrays:
-            _check_geometry(path, array, spacing, paths[0], arrays[0], first_spacing)
+            misplaced += _check_geometry(
+                path, array, properties, paths[0], arrays[0], first, TURN_CHANNEL
+            )
         else:
-            first_spacing = spacing
+            first = properties
         arrays.append(array)
     image = np.concatenate(arrays)
     del arrays
@@ -289,8 +366,10 @@ def inspect_case(
             f"{num_channels}. Add the missing files (_0001, ...) or correct channel_names."
         )
     if mask is not None:
-        array, spacing = _read(mask, reader_writer_class)
-        _check_geometry(mask, array[:1], spacing, paths[0], image[:1], first_spacing)
+        array, properties = _read(mask, reader_writer_class)
+        misplaced += _check_geometry(
+            mask, array[:1], properties, paths[0], image[:1], first, TURN_MASK
+        )
         unknown = sorted(set(np.unique(array).tolist()) - set(labels))
         if unknown:
             raise UserError(
@@ -303,13 +382,16 @@ def inspect_case(
     return CaseInfo(
         content=digest.hexdigest(),
         shape_after_crop=tuple(int(i) for i in cropped),
-        spacing=tuple(float(i) for i in first_spacing),
+        spacing=tuple(float(i) for i in first["spacing"]),
         relative_size=float(np.prod(cropped) / np.prod(image.shape[1:])),
         is_2d=image.shape[1] == 1,
+        misplaced=misplaced[0] if misplaced else "",
     )
 
 
-def _read(path: Path, reader_writer_class: type[BaseReaderWriter]) -> tuple[np.ndarray, list]:
+def _read(
+    path: Path, reader_writer_class: type[BaseReaderWriter]
+) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         check_complete(path)
         with silence():
@@ -317,27 +399,93 @@ def _read(path: Path, reader_writer_class: type[BaseReaderWriter]) -> tuple[np.n
     except MemoryError:
         raise
     except Exception as error:  # every reader library has its own errors
+        if "orthonormal" in str(error):
+            raise UserError(f"Cannot read {path}: {MEND_DIRECTION}.") from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UserError(
             f"Cannot read {path}: {reason}. The file is missing, damaged or cut short; copy or "
             f"export it again."
         ) from error
-    return array.astype(np.float32, copy=False), list(properties["spacing"])
+    return array.astype(np.float32, copy=False), properties
 
 
 def _check_geometry(
-    path: Path, array: np.ndarray, spacing: list, other: Path, expected: np.ndarray, wanted: list
-) -> None:
+    path: Path,
+    array: np.ndarray,
+    properties: Mapping[str, Any],
+    other: Path,
+    expected: np.ndarray,
+    wanted: Mapping[str, Any],
+    fix: str,
+) -> list[str]:
+    """Compare a file with the first image file of its case.
+
+    Returns:
+        What to warn of: the headers place the voxels apart. Empty if they agree, or tell nothing.
+
+    Raises:
+        UserError: another orientation (`fix` tells what to do about it), shape or spacing.
+    """
+    ours, theirs = _affine(properties), _affine(wanted)
+    if ours is not None and theirs is not None and _is_turned(ours, theirs):
+        here, there = (_axis_codes(affine) for affine in (ours, theirs))
+        raise UserError(
+            f"{path} has its axes turned (orientation {here}) against {other} ({there}): {fix}"
+        )
     if array.shape != expected.shape:
         raise UserError(
             f"{path} has shape {array.shape[1:]}, but {other} has {expected.shape[1:]}. Resample "
             f"one of them to the grid of the other."
         )
-    if not np.allclose(spacing, wanted):
+    if not np.allclose(properties["spacing"], wanted["spacing"]):
         raise UserError(
-            f"{path} has spacing {_mm(spacing)}, but {other} has {_mm(wanted)}. Correct the header "
-            f"or resample one of them."
+            f"{path} has spacing {_mm(properties['spacing'])}, but {other} has "
+            f"{_mm(wanted['spacing'])}. Correct the header or resample one of them."
         )
+    if ours is None or theirs is None:
+        return []
+    ends = itertools.product(*((0, size - 1) for size in array.shape[:0:-1]), (1,))
+    corners = np.array(list(ends), float).T
+    apart = float(np.abs(np.linalg.solve(theirs, ours @ corners) - corners).max())
+    return [f"{path} by {apart:.3g} voxels against {other}"] if apart > TOLERANCE else []
+
+
+def _affine(properties: Mapping[str, Any]) -> np.ndarray | None:
+    """Return the (4, 4) matrix from voxels (x, y, z) to mm (right, front, up).
+
+    None where the reader tells none (PNG, TIFF) or the header makes no sense.
+    """
+    affine = np.eye(4)
+    if "nibabel_stuff" in properties:
+        stuff = properties["nibabel_stuff"]
+        affine = np.array(stuff.get("reoriented_affine", stuff["original_affine"]), float)
+    elif "sitk_stuff" in properties:
+        spacing, origin, direction = (
+            np.array(properties["sitk_stuff"][key]) for key in ("spacing", "origin", "direction")
+        )
+        used = min(len(spacing), 3)  # a fourth axis holds channels
+        matrix = direction.reshape(len(spacing), -1) * spacing
+        affine[:used, :used] = matrix[:used, :used]
+        affine[:used, 3] = origin[:used]
+        affine[:2] *= -1  # ITK counts to the left and to the back
+    else:
+        return None
+    usable = np.isfinite(affine).all() and np.linalg.det(affine[:3, :3]) != 0
+    return affine if usable else None
+
+
+def _is_turned(affine: np.ndarray, other: np.ndarray) -> bool:
+    """Tell whether an axis runs nearest to another one of the other grid, or against its own."""
+    ours, theirs = (a[:3, :3] / np.linalg.norm(a[:3, :3], axis=0) for a in (affine, other))
+    cosines = theirs.T @ ours
+    nearest = np.abs(cosines).argmax(axis=0)
+    return bool((nearest != np.arange(3)).any() or (np.diag(cosines) <= 0).any())
+
+
+def _axis_codes(affine: np.ndarray) -> str:
+    import nibabel
+
+    return "".join(map(str, nibabel.aff2axcodes(affine)))
 
 
 def _mm(spacing: Iterable[float]) -> str:
@@ -348,6 +496,8 @@ def inspect_dataset(
     raw: RawDataset, workers: Workers, check_masks: bool = True
 ) -> tuple[dict[str, CaseInfo], dict[str, CaseInfo]]:
     """Inspect every case, annotated ones first.
+
+    Headers that place the files of a case apart (another origin, a small rotation) give a warning.
 
     Returns:
         Case -> info, of the annotated cases and of those without masks.
@@ -387,6 +537,13 @@ def inspect_dataset(
         if len(problems) > MAX_LISTED:
             shown.append(f"and {len(problems) - MAX_LISTED} more.")
         raise UserError("\n".join(shown))
+    misplaced = [info.misplaced for info in infos.values() if info.misplaced]
+    if misplaced:
+        print(
+            f"WARNING: In {len(misplaced)} case(s) the headers place mask and image, or two "
+            f"channels, apart, e.g. {misplaced[0]}. Voxels are taken as they are stored: look at "
+            f"some with nnUNetv2_plot_overlay_pngs, and correct the headers or the files."
+        )
     return {c: infos[c] for c in raw.labeled}, {c: infos[c] for c in raw.unlabeled}
 
 

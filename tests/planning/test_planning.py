@@ -95,6 +95,15 @@ def test_plans_on_all_scans(toy, base, capsys):
     assert (base / "dataset.json").read_bytes() == dataset_json
 
 
+def test_hidden_files_do_not_count(toy, base):
+    """macOS writes one beside each file on a foreign disk; they sort first."""
+    for name in ("imagesTr/._tr_000_0000", "labelsTr/._tr_000", "imagesUn/._un_000_0000"):
+        (toy / f"{name}.nii.gz").write_bytes(b"\0\5\x16\7")
+    plan("2d")
+    assert load(base / "nnUNetPlans.json")["image_reader_writer"] == "SimpleITKIO"
+    assert len(list((base / "nnUNetPlans_2d").glob("*.pkl"))) == 3
+
+
 def test_batch_cap_counts_all_scans(roots, base):
     """5 % of 3 x 16 slices is a batch of 2, of 20 x 16 slices a batch of 16."""
     make_raw_dataset(roots / "raw", num_unlabeled=17)

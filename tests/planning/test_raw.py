@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -76,6 +77,13 @@ def test_no_channel_number(toy, base):
     refused(base, toy / "imagesUn" / "scan.nii.gz", "Rename it to scan_0000.nii.gz")
 
 
+@pytest.mark.parametrize("folder, case", [("imagesUn", "un_002"), ("imagesTr", "tr_001")])
+def test_case_name_that_is_taken_by_a_preprocessed_mask(toy, base, folder, case):
+    path = toy / folder / f"{case}_0000.nii.gz"
+    renamed = path.rename(path.with_name("tr_000_seg_0000.nii.gz"))
+    refused(base, renamed, "X_seg", "Rename the case with all its files, e.g. to tr_000-seg")
+
+
 def test_case_name_in_both_folders(toy, base):
     (toy / "imagesUn" / "un_000_0000.nii.gz").rename(toy / "imagesUn" / "tr_001_0000.nii.gz")
     refused(base, "Case tr_001 is in imagesTr and in imagesUn", "Remove or rename one")
@@ -109,6 +117,7 @@ def test_variable_unset(toy, monkeypatch, variable):
     "content, words",
     [
         ("{", "not valid JSON"),
+        ("[]", "holds no JSON object"),
         ('{"labels": {}, "numTraining": 3}', "lacks file_ending, channel_names"),
         (None, "is missing"),
     ],
@@ -117,6 +126,36 @@ def test_bad_dataset_json(toy, base, content, words):
     path = toy / "dataset.json"
     path.unlink() if content is None else path.write_text(content)
     refused(base, path, words)
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("labels", {"background": 0, "x": 1, "y": 3}, "[0, 1, 3], but nnU-Net needs consecutive"),
+        ("labels", {"background": 0, "x": [1, 3], "y": 3}, "regions_class_order"),
+        ("labels", {"background": 0, "x": 1, "ignore": 3}, "[0, 1, 3], but nnU-Net needs"),
+        ("labels", {"background": 0, "x": 2, "ignore": 1}, "[0, 2, 1], but nnU-Net needs"),
+        ("labels", {"background": 1, "x": 0}, "Background label must be 0"),
+        ("labels", {"background": 0, "x": None}, "nnU-Net refuses labels"),
+        ("labels", {"0": "background", "1": "x"}, 'does not name "background"'),
+        ("labels", {"x": 1}, '"background": 0'),
+        ("labels", ["background", "x"], "Write names before values"),
+        ("channel_names", ["MRI"], 'channel_names is ["MRI"]. Write number and name'),
+        ("channel_names", {"MRI": 0}, "Write number and name of each channel"),
+    ],
+)
+def test_labels_and_channels_that_nnunet_does_not_take(toy, base, key, value, words):
+    content = json.loads((toy / "dataset.json").read_text(encoding="utf-8"))
+    (toy / "dataset.json").write_text(json.dumps(content | {key: value}))
+    refused(base, toy / "dataset.json", key, words)
+
+
+def test_regions_with_gaps_in_their_values(roots, base):
+    path = make_raw_dataset(roots / "raw", regions=True, shape=(4, 8, 8)) / "dataset.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["labels"] = {"background": 0, "whole": [1, 2, 4], "core": 4}
+    path.write_text(json.dumps(content))
+    refused(base, path, "[0, 1, 2, 4], but nnU-Net needs consecutive")
 
 
 def test_wrong_number_of_annotated_cases(toy, base):
@@ -140,6 +179,12 @@ def test_reads_the_dataset_key(toy, roots):
     assert list(raw.labeled) == ["case0", "case1", "case2"]
     assert raw.labeled["case1"] == [toy / "elsewhere" / "tr_001_0000.nii.gz"]
     assert len(raw.unlabeled) == 5
+
+    renamed = {f"{case}_seg": files for case, files in content["dataset"].items()}
+    (toy / "dataset.json").write_text(json.dumps(content | {"dataset": renamed}))
+    with pytest.raises(UserError, match=r"dataset.json names the case case0_seg, but nnU-Net"):
+        read_raw_dataset(901)
+    (toy / "dataset.json").write_text(json.dumps(content))
     (toy / "elsewhere" / "tr_001_0000.nii.gz").unlink()
     with pytest.raises(UserError, match=r"tr_001_0000.nii.gz is missing.*dataset.json lists it"):
         read_raw_dataset(901)
@@ -235,6 +280,116 @@ def test_mask_that_does_not_fit(toy, base):
     array[0, 0, 0] = 9
     write_image(array, mask)
     refused(base, mask, "values [9", "Correct the mask or add the labels")
+
+
+TURNED = {"nii.gz": "RAS", "nrrd": "RAS", "mha": "ASL"}  # two axes mirrored, or all exchanged
+
+
+@pytest.mark.parametrize("ending", TURNED)
+def test_mask_in_another_orientation(roots, base, ending):
+    """The same place in the scanner, but nnU-Net reads the voxels as they are stored."""
+    toy = make_raw_dataset(roots / "raw", ending=f".{ending}")
+    mask, image = toy / "labelsTr" / f"tr_001.{ending}", toy / f"imagesTr/tr_001_0000.{ending}"
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(mask)), TURNED[ending]), str(mask))
+    refused(base, mask, TURNED[ending], f"against {image} (LPS)", "convert folder", "copy that of")
+
+
+def test_mask_in_another_orientation_read_by_nibabel(roots, base):
+    """Also where that reader turns both: then nothing is wrong."""
+    toy = make_raw_dataset(roots / "raw", ending=".nii")
+    mask = toy / "labelsTr" / "tr_001.nii"
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(mask)), "LAS"), str(mask))
+    refused(base, mask, "orientation LAS", "tr_001_0000.nii (LPS)", "nnunet_ssl convert folder")
+    path = toy / "dataset.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["overwrite_image_reader_writer"] = "NibabelIOWithReorient"
+    path.write_text(json.dumps(content))
+    labeled, _ = inspect_dataset(read_raw_dataset(901), Workers(1))
+    assert not any(info.misplaced for info in labeled.values())
+
+
+def test_channel_in_another_orientation(roots, base):
+    folder = make_raw_dataset(roots / "raw", channels=2) / "imagesUn"
+    first, second = (folder / f"un_004_000{c}.nii.gz" for c in (0, 1))
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(second)), "LPI"), str(second))
+    refused(base, second, "LPI", f"against {first} (LPS)", "Turn one of them")
+
+
+def rotated(path, degrees, shift=(0, 0, 0)):
+    """Write an image anew as if it lay elsewhere in the scanner."""
+    image = sitk.ReadImage(str(path))
+    turn = sitk.Euler3DTransform((0, 0, 0), 0, 0, np.deg2rad(degrees))
+    image.SetDirection(turn.GetMatrix())
+    image.SetOrigin(shift)
+    sitk.WriteImage(image, str(path))
+
+
+def test_orientation_is_compared_with_the_image_not_with_the_scanner(toy, capsys):
+    """Around 45 degrees a rounded digit changes the nearest axes of the scanner."""
+    for i in range(3):
+        rotated(toy / "imagesTr" / f"tr_{i:03d}_0000.nii.gz", 44.999)
+        rotated(toy / "labelsTr" / f"tr_{i:03d}.nii.gz", 45.001)
+    inspect_dataset(read_raw_dataset(901), Workers(1))
+    assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("degrees, shift, voxels", [(0, (0, 0, -2.5), 2.5), (5, (0, 0, 0), 2.82)])
+def test_mask_in_another_place_gives_one_warning(toy, capsys, degrees, shift, voxels):
+    for i in range(2):
+        rotated(toy / "labelsTr" / f"tr_{i:03d}.nii.gz", degrees, shift)
+    rotated(toy / "labelsTr" / "tr_002.nii.gz", 1e-4, (1e-4, 0, 0))  # rounding
+    inspect_dataset(read_raw_dataset(901), Workers(1))
+    out = capsys.readouterr().out
+    assert out.count("WARNING") == 1
+    assert "In 2 case(s) the headers place mask and image, or two channels, apart" in out
+    mask, image = toy / "labelsTr" / "tr_000.nii.gz", toy / "imagesTr" / "tr_000_0000.nii.gz"
+    assert f"e.g. {mask} by {voxels} voxels against {image}" in out
+    inspect_dataset(read_raw_dataset(901), Workers(1), check_masks=False)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_image_with_channels_in_a_fourth_axis(tmp_path):
+    image = sitk.GetImageFromArray(np.zeros((2, 4, 5, 6), np.float32), isVector=False)
+    image.SetOrigin((10, 20, 30, 0))
+    path, mask = tmp_path / "a_0000.nii.gz", tmp_path / "a.nii.gz"
+    sitk.WriteImage(image, str(path))
+    sitk.WriteImage(image[..., 0], str(mask))
+    assert inspect_case([path], SimpleITKIO, 2, mask, [0]).misplaced == ""
+    sitk.WriteImage(image[::-1, :, :, 0], str(mask))
+    with pytest.raises(UserError, match=r"a.nii.gz has its axes turned \(orientation RPS\)"):
+        inspect_case([path], SimpleITKIO, 2, mask, [0])
+
+
+def test_flat_images_with_a_direction(tmp_path):
+    path, mask = tmp_path / "a_0000.mha", tmp_path / "a.mha"
+    image = sitk.GetImageFromArray(np.zeros((5, 6), np.uint8))
+    sitk.WriteImage(image, str(path))
+    sitk.WriteImage(image, str(mask))
+    assert inspect_case([path], SimpleITKIO, 1, mask, [0]).misplaced == ""
+    sitk.WriteImage(image[:, ::-1], str(mask))
+    with pytest.raises(UserError, match=r"a.mha has its axes turned \(orientation LAS\)"):
+        inspect_case([path], SimpleITKIO, 1, mask, [0])
+
+
+def test_direction_that_is_not_orthonormal(toy, base):
+    """The advice of the message makes the file readable and keeps its voxels."""
+    path = toy / "imagesUn" / "un_001_0000.nii.gz"
+    array = read(path)
+    sheared = np.eye(4)
+    sheared[0, 1] = 1e-2
+    image = nibabel.Nifti1Image(array.T, sheared)
+    image.set_qform(None, code=0)
+    nibabel.save(image, path)
+    refused(base, path, "sform/qform) is not orthonormal", "intact", "Mend the header")
+    with pytest.raises(UserError) as caught:
+        inspect_case([path], SimpleITKIO, 1)
+    assert "damaged" not in str(caught.value)
+
+    image = nibabel.load(path)
+    image.set_qform(image.affine)
+    image.set_sform(image.get_qform())
+    nibabel.save(image, mended := path.with_name("mended.nii.gz"))
+    np.testing.assert_array_equal(read(mended), array)
 
 
 def test_same_image_annotated_and_not(toy, base):
