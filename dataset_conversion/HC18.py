@@ -1,6 +1,8 @@
 """HC18: fetal head in 2D ultrasound, challenge of 2018; 999 images.
 
-Reads XXX_HC.png, XXX_HC_Annotation.png and training_set_pixel_size_and_HC.csv at any depth. The
+Reads XXX_HC.png, XXX_HC_Annotation.png and training_set_pixel_size_and_HC.csv at any depth. Images
+with annotation in a folder `test...` beside others are the test set, unless --test replaces it;
+alone they are converted like any. Those without are the challenge's test images. The
 annotation is an ellipse drawn as a line. The mask is the line (about 2.5 pixels) and what it
 encloses; where the head reaches the border of the image, the line is open and the border closes
 it. Copies in which the ellipse is filled, or stored in colour, are recognised. PNG has no spacing:
@@ -12,9 +14,9 @@ Splits: none is published. The numbers grow with the size of the head (correlati
 first N by name would be early pregnancies alone: the order here is by hash of the examination,
 random and the same for everyone; --list gives another. Images of one examination (same three
 digits; 806) stay together. The release does not tell which examinations are of one woman: the 1334
-images of training and test set are of 551. --labeled counts images: 100 (10 %) or 200 (20 %) of
-the 999. Papers test on part of the training images, too (--test counts examinations), since
-masks of the challenge's 335 test images are not public.
+images of training and test set are of 551. --labeled counts images of whole examinations, as many
+as fit: 100 (10 %) or 200 (20 %) of the 999. Papers test on part of the training images, too (--test
+counts examinations), since masks of the challenge's 335 test images are not public.
 
 --resize 108x160 (a fifth of most images, 540x800) makes a small data set for quick experiments; the
 contour is filled before. Scores on it are not those on whole images.
@@ -27,6 +29,7 @@ Examples:
   nnunet_ssl convert HC18 -i HC18 -d 31 --test 160 --labeled 80 --draw 1
   nnunet_ssl convert HC18 -i HC18 -d 32 --labeled 100 --use-test-images
   nnunet_ssl convert HC18 -i HC18 -d 33 --resize 108x160
+  nnunet_ssl convert HC18 -i HC18 -d 34 --list train.list --test test.list
 
 Source: https://zenodo.org/records/1327317 (CC BY 4.0 as copies state it); van den Heuvel et al.
 2018, doi:10.1371/journal.pone.0200412
@@ -76,59 +79,95 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def find(source: Path, options: argparse.Namespace) -> Release:
-    """List images, by hash of the examination; test images are those in a folder `test...`."""
-    images: dict[bool, dict[str, Path]] = {False: {}, True: {}}  # test image or not
-    masks: dict[str, Path] = {}
-    for path in files_below(source, ".png"):
-        if not (match := IMAGE.fullmatch(path.name)):
-            continue
-        folders = path.relative_to(source).parts[:-1] or (source.resolve().name,)
-        test = any(f.lower().startswith("test") for f in folders)
-        place = masks if match[3] else images[test]
-        name = match[1].upper()
-        if name in place:
-            raise UserError(f"{place[name]} and {path} are the same case. Remove one copy.")
-        place[name] = path
-    train = images[False]
-    if not masks or not train:
+    """List images, by hash of the examination."""
+    images, masks = _find_images(source, False), _find_images(source, True)
+    # in folders `test...`: those with annotation, and the challenge's test images
+    held_out = {name: path for name, path in images[True].items() if name in masks[True]}
+    unknown = {name: path for name, path in images[True].items() if name not in masks[True]}
+    annotated = _merge(images[False], held_out)
+    annotations = _merge(masks[False], masks[True])
+    if not annotations or not annotated:
         raise UserError(
             f"{source} holds no XXX_HC.png with XXX_HC_Annotation.png, but "
             f"{describe_folder(source)}. Give the folder with training_set and its csv file."
         )
-    alone = sorted(set(train) ^ set(masks))
+    alone = sorted(set(annotated) ^ set(annotations))
     if alone:
         raise UserError(
             f"Image or annotation is missing for {listed(alone)}. Unpack training_set again."
         )
+    notes: list[str] = []
+    folders = {path.parent for path in held_out.values()}
+    odd = [name for name, path in unknown.items() if path.parent in folders]
+    if odd:
+        notes.append(
+            f"{len(odd)} image(s) beside annotated ones have no annotation: {listed(odd)}. They "
+            f"count as test images of the challenge."
+        )
     numbers = _read_tables(source)
+    if not unknown:  # then a table without circumferences is not the challenge's
+        told = {(False, name): numbers[True, name] for name in held_out if (True, name) in numbers}
+        numbers = told | numbers
     examinations: dict[str, list[str]] = {}
-    for name in train:
+    for name in annotated:
         examinations.setdefault(name[:3], []).append(name)
     cases = [
-        Case(name, (train[name],), masks[name], group, row, row["pixel_size"])
+        Case(name, (annotated[name],), annotations[name], group, row, row["pixel_size"])
         for group in by_hash(examinations)
         for name in examinations[group]
-        for row in [_row(numbers, name, train[name], test=False)]
+        for row in [_row(numbers, name, annotated[name], test=False)]
     ]
+    splits: dict[str, list[str]] | None = None
+    if held_out and images[False]:
+        sides = {"train": images[False], "test": held_out}
+        splits = {part: [c.name for c in cases if c.name in side] for part, side in sides.items()}
     if options.use_test_images:
-        if not images[True]:
-            raise UserError(f"{source} has no folder test_set. Drop --use-test-images.")
-        for name, path in images[True].items():  # numbered anew: 000_HC is another examination
+        if not unknown:
+            raise UserError(
+                f"{source} has no folder test_set with images that lack annotations. Drop "
+                f"--use-test-images."
+            )
+        for name, path in unknown.items():  # numbered anew: 000_HC is another examination
             row = _row(numbers, name, path, test=True)
             new = f"test_{name}"
             cases.append(Case(new, (path,), None, new[:8], row, row["pixel_size"]))
+            if splits:
+                splits["train"].append(new)
     return Release(
         name="HC18",
         cases=cases,
         channels=["US"],
         labels={"background": 0, "fetal head": 1},
-        list_name="by hash of the examination (none is published)",
+        splits=splits,
+        list_name="by hash of the examination (none is published)"
+        + ("; test: by folder" if splits else ""),
         counts="images",
+        notes=notes,
         about={
             "reference": "van den Heuvel et al. 2018, doi:10.1371/journal.pone.0200412",
             "licence": "CC BY 4.0 as copies of the data state it",
         },
     )
+
+
+def _find_images(source: Path, annotation: bool) -> dict[bool, dict[str, Path]]:
+    """List images, or annotations, by name: those in folders `test...` (True) and the others."""
+    found: dict[bool, dict[str, Path]] = {False: {}, True: {}}
+    for path in files_below(source, ".png"):
+        match = IMAGE.fullmatch(path.name)
+        if not match or bool(match[3]) != annotation:
+            continue
+        folders = path.relative_to(source).parts[:-1] or (source.resolve().name,)
+        test = any(f.lower().startswith("test") for f in folders)
+        found[test] = _merge(found[test], {match[1].upper(): path})
+    return found
+
+
+def _merge(paths: dict[str, Path], more: dict[str, Path]) -> dict[str, Path]:
+    """Join two lists of files; a case in both is refused."""
+    for name in sorted(paths.keys() & more.keys()):
+        raise UserError(f"{paths[name]} and {more[name]} are the same case. Remove one copy.")
+    return paths | more
 
 
 def _read_tables(source: Path) -> dict[tuple[bool, str], dict[str, float]]:

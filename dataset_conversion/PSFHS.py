@@ -12,13 +12,18 @@ video. Near-identical frames stay together: two images are of one group if their
 nearly equal (Dice 0.90 of the symphysis, 0.95 of the head, or more); of the pairs at 0.85-0.9 it
 is 78 %. Frames of one video that differ more can still be on both sides. The order is by hash of
 the group, random and the same for the same images; --list gives another. --labeled counts images
-of whole groups: 136 (10 %) or 272 (20 %) of the 1358. --test counts groups.
+of whole groups, as many as fit: 136 (10 %) or 272 (20 %) of the 1358. --test N counts groups.
+
+Test cases that --test FILE names stay what they are, since others measure likeness otherwise
+(above 0.95, for example): groups that are then on both sides are reported, not refused, and only
+equal images leave the training set.
 
 --resize 128x128 (half of 256x256) makes a small data set for quick experiments.
 
 Examples:
   nnunet_ssl convert PSFHS -i PSFHS -d 40 --test 120 --labeled 100
   nnunet_ssl convert PSFHS -i PSFHS -d 41 --test 120 --labeled 100 --draw 1
+  nnunet_ssl convert PSFHS -i PSFHS -d 42 --list train.list --test test.list --labeled 70
 
 Source: https://zenodo.org/records/10969427 (CC BY 4.0 as copies state it); Chen et al. 2024,
 doi:10.1038/s41597-024-03266-4
@@ -80,6 +85,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
         labels={"background": 0, "pubic symphysis": 1, "fetal head": 2},
         list_name="by hash of the group (none is published)",
         counts="images",
+        inferred=True,
         spacing_known=False,
         about={
             "reference": "Chen et al. 2024, doi:10.1038/s41597-024-03266-4",

@@ -51,6 +51,8 @@ from nnunet_ssl.dataset_conversion.selection import (
     choose_labeled,
     choose_splits,
     count_groups,
+    find_parted,
+    groups_bind,
     separate_duplicates,
 )
 from nnunet_ssl.dataset_conversion.target import Target
@@ -126,6 +128,7 @@ class Release:
         list_name: where that order comes from.
         withdrawn: cases that lists name and current releases lack; reported and skipped.
         counts: what `--labeled` counts, `groups` or `images`.
+        inferred: True where groups are images that look alike, False where they are known.
         protocol: `raw` or `cropped-literature`.
         spacing_known: False where the source has none and none was given.
         about: further entries of dataset.json: licence, reference, regions_class_order, ...
@@ -141,6 +144,7 @@ class Release:
     list_name: str = "by name"
     withdrawn: Collection[str] = ()
     counts: str = "groups"
+    inferred: bool = False
     protocol: str = "raw"
     spacing_known: bool = True
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -268,6 +272,7 @@ class Plan:
         wanted: how many groups (or images) keep their masks, or which cases; None: all.
         draw: seed of a random choice, 0: none.
         counts: what a number in `wanted` counts.
+        bind: groups stay on one side, see `selection.groups_bind`.
     """
 
     cases: dict[str, Case]
@@ -277,6 +282,7 @@ class Plan:
     wanted: int | list[str] | None
     draw: int
     counts: str
+    bind: bool
 
     def choose_labeled(self) -> list[str]:
         """Choose the cases that keep their masks, see there."""
@@ -375,11 +381,14 @@ def _make_plan(release: Release, options: argparse.Namespace) -> Plan:
         release.splits,
         release.list_name,
         withdrawn=release.withdrawn,
+        inferred=release.inferred,
         list_file=getattr(options, "list", None),
         test=getattr(options, "test", None),
         allow_missing=options.allow_missing,
     )
-    return Plan(cases, groups, masked, splits, _labeled(options), options.draw, release.counts)
+    bind = groups_bind(release.inferred, getattr(options, "test", None))
+    wanted = _labeled(options)
+    return Plan(cases, groups, masked, splits, wanted, options.draw, release.counts, bind)
 
 
 def _settle(plan: Plan, stamps: Mapping[str, dict]) -> dict[str, Any]:
@@ -390,7 +399,7 @@ def _settle(plan: Plan, stamps: Mapping[str, dict]) -> dict[str, Any]:
     """
     voxels = {c: stamp["voxels"] for c, stamp in stamps.items()}
     splits = plan.splits
-    duplicates, dropped = separate_duplicates(splits, plan.groups, plan.masked, voxels)
+    duplicates, dropped = separate_duplicates(splits, plan.groups, plan.masked, voxels, plan.bind)
     labeled = plan.choose_labeled()
     kept = set(labeled)
     annotated = {voxels[c] for c in labeled}
@@ -411,7 +420,10 @@ def _settle(plan: Plan, stamps: Mapping[str, dict]) -> dict[str, Any]:
 def _provenance(
     release: Release, options: argparse.Namespace, plan: Plan, stamps: Mapping[str, dict]
 ) -> dict[str, Any]:
-    """Entries of the record: where everything comes from."""
+    """Entries of the record: where everything comes from; `plan` is settled."""
+    notes = {c: dict(s["notes"]) for c, s in stamps.items()}
+    for case, alike in find_parted(plan.splits, plan.groups).items():
+        notes[case]["training_cases_of_its_group"] = alike
     return {
         "protocol": release.protocol,
         "spacing_known": release.spacing_known,
@@ -421,7 +433,7 @@ def _provenance(
         "missing": plan.splits.missing,
         "unused": [c for c in plan.cases if c not in stamps],
         "sources": {c: _source(plan.cases[c], s["hashes"], options.i) for c, s in stamps.items()},
-        "notes": {c: s["notes"] for c, s in stamps.items() if s["notes"]},
+        "notes": {c: told for c, told in notes.items() if told},
         "source_folder": str(options.i.resolve()),
         "versions": {
             "nnunet_ssl": __version__,
@@ -543,6 +555,22 @@ def _summary(
     ]
     if splits["val"] or splits["test"] or record["unlabeled"]:
         lines.append(f"  held out (validation, test, hidden masks): {target.heldout}")
+    kept, wanted = len(record["labeled"]), record["options"]["labeled"]
+    if release.counts == "images" and isinstance(wanted, int) and kept != wanted:
+        lines.append(
+            f"  NOTE: {kept} images keep their masks, not {wanted}: groups stay whole, and no "
+            f"other one fits."
+        )
+    parted = find_parted(Splits(**splits), groups)
+    if parted:
+        case, alike = next(iter(parted.items()))
+        training = {c for cases in parted.values() for c in cases}
+        lines.append(
+            f"  NOTE: {count_groups(parted, groups)} groups of near-identical images stand on both "
+            f"sides, as the lists want it ({len(training)} for training, {len(parted)} held out; "
+            f"for example {alike[0]} and {case}): scores on these say less about other patients. "
+            f"conversion.json names them (notes)."
+        )
     annotated = {c: s["label_voxels"] for c, s in stamps.items() if s["label_voxels"]}
     empty = [c for c, voxels in annotated.items() if not sum(voxels.values()) - voxels.get("0", 0)]
     absent = [
@@ -673,6 +701,10 @@ def convert_case(
         return stamp
     except UserError as error:
         return str(error) if case.name in str(error) else f"{case.name}: {error}"
+    except RuntimeError as error:  # of SimpleITK; the other cases are still to be told
+        reason = (str(error).strip().splitlines() or [repr(error)])[-1].strip(" .!")
+        files = listed([*case.images, *([case.mask] if case.mask else [])])
+        return f"{case.name}: {reason}. Look at {files}; export the case again, or leave it out."
 
 
 def _check_scan(scan: Scan, case: Case, channels: Sequence[str], hint: str) -> None:

@@ -107,7 +107,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def find(source: Path, options: argparse.Namespace) -> Release:
     """Pair images and masks."""
     about = _read_dataset_json(source)
-    names = options.channels or _channel_names(about)
+    names = options.channels or _channel_names(about, _dataset_json(source))
     if not names:
         raise UserError(
             "--channels is missing: say what the images show, e.g. --channels CT or --channels MRI "
@@ -120,7 +120,7 @@ def find(source: Path, options: argparse.Namespace) -> Release:
         cases = _from_table(source, len(names))
     else:
         cases = _from_patterns(source, options)
-    labels, label_map = _labels(options, about, cases)
+    labels, label_map = _labels(options, about, cases, _dataset_json(source))
     flat = [c for c in cases if c.images[0].suffix.lower() in WITHOUT_SPACING]
     if options.spacing and not flat:
         raise UserError("--spacing: the files have their own spacing. Drop --spacing.")
@@ -358,30 +358,61 @@ def _numeric_columns(rows: Sequence[Mapping[str, str]], known: set[str]) -> list
 # -------------------------------------------------------------------------------------- labels
 
 
+def _dataset_json(source: Path) -> Path:
+    return (source if source.is_dir() else source.parent) / "dataset.json"
+
+
 def _read_dataset_json(source: Path) -> dict[str, Any]:
-    path = (source if source.is_dir() else source.parent) / "dataset.json"
+    path = _dataset_json(source)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+        about = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}. Correct or remove it.") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{path} holds no object {{...}}. Correct or remove it.")
+    return about
 
 
-def _channel_names(about: Mapping[str, Any]) -> list[str]:
-    names = about.get("channel_names") or about.get("modality") or {}
+def _channel_names(about: Mapping[str, Any], path: Path) -> list[str]:
+    key = "channel_names" if about.get("channel_names") else "modality"
+    names = about.get(key) or {}
+    if not isinstance(names, dict) or not all(str(k).isdigit() for k in names):
+        raise UserError(
+            f'{path}: {key} is not of the form {{"0": "NAME", ...}}, but {json.dumps(names)}. '
+            f"Correct it, or name the channels with --channels."
+        )
     return [names[k] for k in sorted(names, key=int)]
 
 
+def _check_values(labels: Any, path: Path) -> dict[str, int | list[int]]:
+    """Return the labels of dataset.json, which are to be NAME: value (or values of a region)."""
+    fix = "Correct it, or name the classes with --labels, which gives them new values."
+    if not isinstance(labels, dict):
+        raise UserError(f'{path}: labels is not of the form {{"NAME": value, ...}}. {fix}')
+    for name, value in labels.items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is not int or not 0 <= number <= 255:
+                raise UserError(
+                    f"{path}: label {name!r} has the value {json.dumps(number)}, which is not a "
+                    f"whole number from 0 to 255. {fix}"
+                )
+    return labels
+
+
 def _labels(
-    options: argparse.Namespace, about: Mapping[str, Any], cases: Sequence[Case]
+    options: argparse.Namespace, about: Mapping[str, Any], cases: Sequence[Case], path: Path
 ) -> tuple[dict[str, int | list[int]], dict[int, int] | None]:
-    """Names -> values here, and values in the masks -> values here (None: unchanged)."""
+    """Names -> values here, and values in the masks -> values here (None: unchanged).
+
+    `about` is what dataset.json, `path`, holds.
+    """
     if options.labels:
         return _parse_labels(options.labels)
     found = about.get("labels", {})
     if found and all(str(k).isdigit() for k in found):  # as in MSD
         found = {name: int(value) for value, name in found.items()}
     if found:
-        return dict(found), None
+        return dict(_check_values(found, path)), None
     masks = [c.mask for c in cases if c.mask is not None]
     if not masks:
         raise UserError(
@@ -438,7 +469,10 @@ def read(case: Case, options: argparse.Namespace) -> Scan:
     told: dict[str, Any] = {}
     if same_size and (options.copy_geometry or _without_spacing(case.mask)):
         mask.CopyInformation(images[0])
-    elif mask.GetDimension() == 3 and mask.GetDirection() != images[0].GetDirection():
+    elif (
+        mask.GetDimension() == images[0].GetDimension() == 3
+        and mask.GetDirection() != images[0].GetDirection()
+    ):
         axes = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines
         ours, theirs = (axes(i.GetDirection()) for i in (images[0], mask))
         if ours != theirs:  # the same grid, stored from another corner

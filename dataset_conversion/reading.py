@@ -106,7 +106,7 @@ def read_image(path: Path) -> sitk.Image:
         The image as stored: 2D, 3D or 4D, one or several components, original number type.
 
     Raises:
-        UserError: missing, damaged or cut short, NaN or infinite values.
+        UserError: missing, damaged or cut short, axes not at right angles, NaN or infinite values.
     """
     if path.is_dir():
         image = read_dicom_series(path)
@@ -152,6 +152,15 @@ def _reason(path: Path, error: Exception) -> str:
         return "there is no such file. Check the name."
     text = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
     fix = "The file is damaged or cut short; copy or export it again."
+    if "orthonormal" in text:
+        return (
+            "its direction matrix (sform or qform, the axes of the voxels) is not orthonormal, "
+            "which SimpleITK refuses; the voxels are intact. Where the axes are at right angles "
+            "but for rounding, write the nearest right-angled ones, for images and masks alike, "
+            "with nibabel: image = nibabel.load(FILE); image.set_qform(image.affine); "
+            "image.set_sform(image.get_qform()); nibabel.save(image, NEW_FILE). Where they are "
+            "not (tilted gantry), resample the scan to right angles."
+        )
     if path.suffix.lower() in (".mhd", ".nhdr", ".hdr"):
         data = [p for p in companion_files(path) if p != path]
         name = data[0].name if data else "its data file"

@@ -43,6 +43,7 @@ def choose_splits(
     list_name: str,
     *,
     withdrawn: Collection[str] = (),
+    inferred: bool = False,
     list_file: Path | None = None,
     test: str | None = None,
     allow_missing: bool = False,
@@ -56,6 +57,7 @@ def choose_splits(
             user do; None: all cases train, in the given order.
         list_name: where `published` or the order comes from.
         withdrawn: cases that published lists name and current releases lack.
+        inferred: groups only look alike; lists of the user may part them, see `groups_bind`.
         list_file: replaces the training list, or the order.
         test: number of groups at the end of the order, or a file naming the test cases.
         allow_missing: carry on without cases that a list names and the source lacks.
@@ -82,6 +84,15 @@ def choose_splits(
 
     missing = [c for k in PARTS for c in wanted[k] if c not in groups]
     absent = [c for c in missing if c not in withdrawn]
+    there = [c for k in ("val", "test") for c in wanted[k] if c in groups]
+    if there and wanted["train"] and not any(c in groups for c in wanted["train"]):
+        more = " --allow-missing" if any(c not in groups for c in wanted["val"]) else ""
+        raise UserError(
+            f"None of the {len(wanted['train'])} training cases of the list ({list_name}) is in "
+            f"the source, only cases for validation or test ({listed(there)}). Complete the "
+            f"source; or convert these alone: name them in a file, and give --list FILE --test 0"
+            f"{more}."
+        )
     if absent and not allow_missing:
         raise UserError(
             f"{len(absent)} case(s) of the list ({list_name}) are not in the source: "
@@ -91,7 +102,8 @@ def choose_splits(
     parts = {k: [c for c in wanted[k] if c in groups] for k in PARTS}
     if test and test.isdigit():
         parts["train"], parts["test"] = _cut_last(parts["train"], groups, masked, int(test))
-    _check_apart(parts, groups)
+    hint = "" if test else " --test FILE replaces the published test set, --test 0 drops it."
+    _check_apart(parts, groups if groups_bind(inferred, test) else {c: c for c in groups}, hint)
     if not parts["train"]:
         raise UserError(f"No case is left for training ({list_name}). Check -i and the lists.")
     blind = [c for k in ("val", "test") for c in parts[k] if c not in masked]
@@ -118,17 +130,38 @@ def _cut_last(
     return [c for c in order if groups[c] not in chosen], test
 
 
-def _check_apart(parts: Mapping[str, Sequence[str]], groups: Mapping[str, str]) -> None:
-    """Raise UserError if a case or group is in two parts."""
+def _check_apart(parts: Mapping[str, Sequence[str]], groups: Mapping[str, str], hint: str) -> None:
+    """Raise UserError if a case or group is in two parts; `hint`: what else can be done."""
     home: dict[str, tuple[str, str]] = {}
     for part, cases in parts.items():
         for case in cases:
             other, before = home.setdefault(groups[case], (part, case))
+            if other != part and case in parts[other]:
+                raise UserError(
+                    f"{case} is in both lists, {other} and {part}. Take it out of one.{hint}"
+                )
             if other != part:
                 raise UserError(
                     f"{case} ({part}) and {before} ({other}) belong together (group "
                     f"{groups[case]}). Put both into the same list."
                 )
+
+
+def groups_bind(inferred: bool, test: str | None) -> bool:
+    """Tell whether groups stay on one side.
+
+    Groups of patients always do. Groups of images that look alike (`inferred`) yield to a test set
+    that the user names (`test` is a file): it was made by another measure of likeness, and must
+    stay what it is.
+    """
+    return not inferred or not test or test.isdigit()
+
+
+def find_parted(splits: Splits, groups: Mapping[str, str]) -> dict[str, list[str]]:
+    """List, for each case for validation or test, the training cases of its group, if any."""
+    members = by_group(splits.train, groups)
+    held_out = [*splits.val, *splits.test]
+    return {c: members[groups[c]] for c in held_out if groups[c] in members}
 
 
 def by_group(order: Iterable[str], groups: Mapping[str, str]) -> dict[str, list[str]]:
@@ -167,7 +200,8 @@ def choose_labeled(
         masked: cases that have a mask; groups without any do not count.
         labeled: how many, or which cases or groups, also parts of groups; None: all.
         draw: 0 keeps the order, another number is the seed of a shuffle of the groups.
-        counts: `groups`, or `images`: whole groups until the next would exceed the number.
+        counts: `groups`, or `images`: whole groups in their order, each that still fits into the
+            number, which they may miss by a few.
 
     Raises:
         UserError: `labeled` is not between 1 and what there is, or names other cases.
@@ -199,19 +233,23 @@ def choose_labeled(
         return [c for name in names[:labeled] for c in members[name]]
     chosen = []
     for name in names:
-        if len(chosen) + len(members[name]) > labeled:
-            break
-        chosen += members[name]
+        if len(chosen) + len(members[name]) <= labeled:
+            chosen += members[name]
     if not chosen:
+        least = min(map(len, members.values()))
         raise UserError(
-            f"--labeled {labeled}: the first group has {len(members[names[0]])} images, and groups "
-            f"stay whole. Give at least that number."
+            f"--labeled {labeled}: the smallest group has {least} images, and groups stay whole. "
+            f"Give at least that number."
         )
     return chosen
 
 
 def separate_duplicates(
-    splits: Splits, groups: dict[str, str], masked: Collection[str], voxels: Mapping[str, str]
+    splits: Splits,
+    groups: dict[str, str],
+    masked: Collection[str],
+    voxels: Mapping[str, str],
+    bind: bool = True,
 ) -> tuple[list[list[str]], list[str]]:
     """Keep images with equal voxels on one side; changes `splits` and `groups`.
 
@@ -219,6 +257,13 @@ def separate_duplicates(
     such a group has test cases, its cases for training and validation are dropped; where it has
     validation cases, those for training. Of training copies of which one has a mask, those without
     are dropped.
+
+    Args:
+        splits: which cases go where.
+        groups: of all cases.
+        masked: cases that have a mask.
+        voxels: case -> hash of its voxels.
+        bind: False where groups need not stay on one side: the copies alone are dropped then.
 
     Returns:
         The copies, a list of names each; and the cases that were dropped.
@@ -228,6 +273,8 @@ def separate_duplicates(
     for case in part_of:
         same.setdefault(voxels[case], []).append(case)
     duplicates = [cases for cases in same.values() if len(cases) > 1]
+    if not bind:
+        groups = {c: c for c in groups}
     for cases in duplicates:
         joined = {groups[c] for c in cases}
         groups.update({c: groups[cases[0]] for c in groups if groups[c] in joined})

@@ -1,15 +1,16 @@
 """Where a converted data set lives, how it gets there, and what must not be overwritten."""
 
 import csv
-import fcntl
 import io
 import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from nnunet_ssl.dataset_conversion.writing import ENDING
 from nnunet_ssl.errors import UserError
@@ -68,23 +69,25 @@ class Target:
         path = self.folder.parent / f".convert_{self.id:03d}.lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w", encoding="utf-8")
+            path.open("a", encoding="utf-8").close()
         except OSError as error:
             raise UserError(explain_os_error(error, path)) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"Another conversion to id {self.id} is running. Wait for it, or give another "
-                    f"id with -d."
-                ) from error
-            except OSError:
-                pass  # a file system without locks
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"Another conversion to id {self.id} is running. Wait for it, or give another id "
+                f"with -d."
+            ) from error
+        except (OSError, NotImplementedError):
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps an open file; its lock removes it
+                path.unlink()
+            lock.release()
 
     def check_free(self, identity: Mapping[str, Any], overwrite: bool) -> dict | None:
         """Look at what has this id already.

@@ -148,7 +148,7 @@ def write_image(image: sitk.Image, path: Path) -> None:
 def _check_written(image: sitk.Image, path: Path) -> None:
     """Compare the size in the gzip trailer: ITK does not tell when the disk is full."""
     expected = 352 + image.GetNumberOfPixels() * image.GetSizeOfPixelComponent()
-    with open(path, "rb") as f:
+    with open(path, "r+b") as f:  # Windows flushes only what is open for writing
         f.seek(-4, os.SEEK_END)
         (size,) = struct.unpack("<I", f.read(4))
         os.fsync(f.fileno())

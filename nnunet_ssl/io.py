@@ -28,7 +28,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     part = path.with_name(path.name + ".part")
     try:
         yield part
-        with open(part, "rb") as f:
+        with open(part, "r+b") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
     except BaseException as error:

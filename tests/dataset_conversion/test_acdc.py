@@ -176,6 +176,28 @@ def test_lists_of_patients(small, raw_root, tmp_path):
         assert splits[part] == [f"{patient}_frame01", f"{patient}_frame12"]
 
 
+@pytest.mark.parametrize("kind", ["challenge", "h5"])
+def test_test_patients_alone(tmp_path, raw_root, kind):
+    for patient in TEST:
+        number = int(patient[-3:])
+        if kind == "challenge":
+            write_patient(tmp_path / "data", number)
+        else:
+            for frame in (1, 2):
+                write_packed(tmp_path / "data", number, frame)
+    with pytest.raises(UserError, match=r"None of the 70 .*--list FILE --test 0 --allow-missing"):
+        run(tmp_path / "data")
+    (tmp_path / "test.txt").write_text("\n".join(TEST))
+    options = ["--list", tmp_path / "test.txt"]
+    with pytest.raises(UserError, match=rf"{TEST[0]}_frame01 is in both lists.*--test 0"):
+        run(tmp_path / "data", *options, "--allow-missing")
+    run(tmp_path / "data", *options, "--test", 0, "--allow-missing")
+    frames = ("01", "12" if kind == "challenge" else "02")
+    made = record(raw_root, "Dataset005_ACDC")
+    assert made["labeled"] == [f"{p}_frame{f}" for p in TEST for f in frames]
+    assert made["missing"] == VAL
+
+
 def test_absent_patients_are_named(small, raw_root):
     with pytest.raises(UserError, match=rf"98 case\(s\).*{TRAIN[2]}.*--allow-missing"):
         run(small)

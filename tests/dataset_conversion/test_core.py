@@ -12,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -82,14 +83,42 @@ def test_labeled_takes_whole_groups_in_published_order():
     order = ["c", "a", "d", "b"]
     assert selection.choose_labeled(order, groups, order, 2, 0) == ["c", "a", "b"]
     assert selection.choose_labeled(order, groups, order, 3, 0, "images") == ["c", "a", "b"]
-    assert selection.choose_labeled(order, groups, order, 2, 0, "images") == ["c"]
+    assert selection.choose_labeled(order, groups, order, 2, 0, "images") == ["c", "d"]
     assert set(selection.choose_labeled(order, groups, order, None, 0, "images")) == set(order)
     with pytest.raises(UserError, match=r"--labeled 4 is not between 1 and 3"):
         selection.choose_labeled(order, groups, order, 4, 0)
     with pytest.raises(UserError, match="--labeled 0"):
         selection.choose_labeled(order, groups, order, 0, 0)
-    with pytest.raises(UserError, match="first group has 2 images"):
+    with pytest.raises(UserError, match="smallest group has 2 images"):
         selection.choose_labeled(["a", "b"], groups, order, 1, 0, "images")
+
+
+@pytest.mark.parametrize("draw", [0, 1, 2])
+def test_labeled_images_come_close_to_the_number(draw):
+    """Group sizes 1, 5, 1, 5, ...: a large group that does not fit ends nothing."""
+    groups = {f"g{g}_{i}": f"g{g}" for g in range(10) for i in range(5 if g % 2 else 1)}
+    for number in range(1, 31):
+        cases = selection.choose_labeled(list(groups), groups, groups, number, draw, "images")
+        again = selection.choose_labeled(list(groups), groups, groups, number, draw, "images")
+        assert cases == again
+        kept = {groups[c] for c in cases}
+        assert {c for c in groups if groups[c] in kept} == set(cases)
+        left = [g for g in set(groups.values()) - kept]
+        sizes = [sum(g == group for group in groups.values()) for g in left]
+        assert len(cases) <= number and all(len(cases) + size > number for size in sizes)
+
+
+def test_number_of_labeled_images_is_told(script, source, raw_root, capsys):
+    script.changes["counts"] = "images"
+    run(script, source, "--labeled", 3)
+    assert "keep their masks, not" not in capsys.readouterr().out
+    release = script.find(source, None)
+    groups = {"a": "p1", "b": "p1", "c": "p2", "d": "p2"}
+    release.cases = [Case(c.name, c.images, c.mask, groups.get(c.name)) for c in release.cases]
+    script.find = lambda *_: release
+    run(script, source, "-d", 6, "--labeled", 3)
+    told = capsys.readouterr().out
+    assert "NOTE: 2 images keep their masks, not 3: groups stay whole" in told
 
 
 def test_draws_are_seeded_and_keep_patients_whole():
@@ -132,7 +161,7 @@ def test_lists_replace_and_are_checked(tmp_path):
     with pytest.raises(UserError, match=r"order.txt.* not in the source: x.*--allow-missing"):
         selection.choose_splits(groups, groups, None, "by name", list_file=order)
     order.write_text("c\nd\n")
-    with pytest.raises(UserError, match=r"d .* belong together"):
+    with pytest.raises(UserError, match=r"d is in both lists, train and test. Take .* one\.$"):
         selection.choose_splits(groups, groups, None, "by name", list_file=order, test=str(tests))
     order.write_text("c\nc\n")
     with pytest.raises(UserError, match="names c twice"):
@@ -145,6 +174,48 @@ def test_patients_on_both_sides_and_blind_tests_are_refused():
         selection.choose_splits(groups, groups, {"train": ["a", "c"], "test": ["b"]}, "list")
     with pytest.raises(UserError, match="have no mask: c"):
         selection.choose_splits(groups, {"a", "b"}, {"train": ["a"], "test": ["c"]}, "list")
+
+
+def test_groups_that_only_look_alike_yield_to_a_test_list(tmp_path):
+    groups = {"a": "p", "b": "p", "c": "c", "d": "d"}
+    order, tests = tmp_path / "order.txt", tmp_path / "tests.txt"
+    order.write_text("a\nc\n")
+    tests.write_text("b\nd\n")
+    lists = {"list_file": order, "test": str(tests)}
+    with pytest.raises(UserError, match="belong together"):
+        selection.choose_splits(groups, groups, None, "by name", **lists)
+    splits = selection.choose_splits(groups, groups, None, "by name", inferred=True, **lists)
+    assert (splits.train, splits.test) == (["a", "c"], ["b", "d"])
+    assert selection.find_parted(splits, groups) == {"b": ["a"]}
+    rest = selection.choose_splits(groups, groups, None, "by name", inferred=True, test=str(tests))
+    assert rest.train == ["a", "c"]
+    numbered = selection.choose_splits(groups, groups, None, "by name", inferred=True, test="2")
+    assert (numbered.train, numbered.test) == (["a", "b"], ["c", "d"])
+    tests.write_text("a\nd\n")
+    with pytest.raises(UserError, match="a is in both lists, train and test"):
+        selection.choose_splits(groups, groups, None, "by name", inferred=True, **lists)
+    published = {"train": ["a"], "test": ["b"]}
+    with pytest.raises(UserError, match="belong together"):
+        selection.choose_splits(groups, groups, published, "list", inferred=True)
+
+
+def test_test_cases_alone_are_told_how_to_go_on(tmp_path):
+    published = {"train": ["a", "b"], "val": ["e"], "test": ["c", "d"]}
+    groups = {"c": "c", "d": "d"}
+    words = r"None of the 2 training cases.*\(c, d\).*--list FILE --test 0 --allow-missing"
+    for missing in (False, True):
+        with pytest.raises(UserError, match=words):
+            selection.choose_splits(groups, groups, published, "list", allow_missing=missing)
+    tests = tmp_path / "tests.txt"
+    tests.write_text("c\nd\n")
+    with pytest.raises(UserError, match=r"c is in both lists, train and test.*--test 0 drops it"):
+        selection.choose_splits(
+            groups, groups, published, "list", list_file=tests, allow_missing=True
+        )
+    splits = selection.choose_splits(
+        groups, groups, published, "list", list_file=tests, test="0", allow_missing=True
+    )
+    assert (splits.train, splits.val, splits.test) == (["c", "d"], [], [])
 
 
 def test_own_test_set_replaces_the_published_one(tmp_path):
@@ -193,6 +264,15 @@ def test_duplicates_stay_on_one_side():
     splits = selection.Splits(["a", "b"])
     found = selection.separate_duplicates(splits, groups, {"b"}, {"a": "1", "b": "1"})
     assert splits.train == ["b"], "the copy without mask goes"
+
+
+def test_copies_alone_leave_where_groups_only_look_alike():
+    splits = selection.Splits(["a", "b", "c"], [], ["f", "g"])
+    groups = {"a": "a", "b": "a", "c": "c", "f": "a", "g": "c"}
+    voxels = {c: c for c in groups} | {"b": "f"}
+    found = selection.separate_duplicates(splits, groups, set(groups), voxels, bind=False)
+    assert found == ([["f", "b"]], ["b"])
+    assert (splits.train, splits.test) == (["a", "c"], ["f", "g"])
 
 
 def test_copies_take_their_patients_along():
@@ -317,6 +397,24 @@ def test_header_and_data_file_belong_together(tmp_path, write):
     (tmp_path / "a.raw").unlink()
     with pytest.raises(UserError, match=r"a.mhd.*a.raw, which is not beside it"):
         reading.read_image(path)
+
+
+def test_skewed_axes_are_no_damage(tmp_path):
+    """SimpleITK refuses them; the way out that the message tells works."""
+    path = tmp_path / "a.nii.gz"
+    affine = np.diag([1.0, 1, 3, 1])
+    affine[0, 1] = 0.02
+    image = nibabel.Nifti1Image(np.ones((4, 5, 6), np.float32), None)
+    image.set_sform(affine, 1)
+    nibabel.save(image, path)
+    with pytest.raises(UserError, match=r"a.nii.gz.*sform or qform.* not orthonormal") as caught:
+        reading.read_image(path)
+    assert "damaged" not in str(caught.value)
+    image = nibabel.load(path)
+    image.set_qform(image.affine)
+    image.set_sform(image.get_qform())
+    nibabel.save(image, tmp_path / "b.nii.gz")
+    assert reading.read_image(tmp_path / "b.nii.gz").GetSize() == (4, 5, 6)
 
 
 def test_nan_is_refused_though_itk_hides_it(tmp_path, write):
@@ -515,6 +613,24 @@ def test_two_runs_at_once_are_refused(script, source, raw_root):
     assert len(refused) == 6 and names(raw_root) == ["Dataset005_Toy"]
 
 
+def test_lock_of_a_killed_run_is_no_lock(script, source, raw_root):
+    (raw_root / ".convert_005.lock").write_text("")
+    run(script, source)
+    assert names(raw_root) == ["Dataset005_Toy"]
+
+
+def test_conversion_needs_no_module_that_windows_lacks():
+    code = (
+        "import sys, importlib\n"
+        "from nnunet_ssl.dataset_conversion import core\n"
+        "used = {n for m in sys.modules.values() if 'dataset_conversion' in m.__name__\n"
+        "        for n in vars(m)}\n"
+        "print(used & {'fcntl', 'resource', 'pwd', 'grp', 'termios'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_heldout_must_lie_outside(script, source, raw_root, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(raw_root.parent))
     with pytest.raises(UserError, match="lies inside nnUNet_results; masks there are not hidden"):
@@ -542,6 +658,22 @@ def test_all_bad_cases_are_named_at_once(script, source, raw_root, write):
         run(script, source)
     assert "a.nrrd" in str(caught.value) and "d: the mask" in str(caught.value)
     assert "9x8x4" in str(caught.value)
+
+
+def test_error_of_simpleitk_hides_no_other_bad_case(script, source, raw_root):
+    normal = script.read
+
+    def read(case, options):
+        if case.name == "d":
+            sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines((1, 0, 0, 1))
+        return normal(case, options)
+
+    script.read = read
+    cut(source / "f.nrrd")
+    with pytest.raises(UserError) as caught:
+        run(script, source)
+    assert "d: " in str(caught.value) and "d.nrrd" in str(caught.value)
+    assert "f.nrrd" in str(caught.value) and "4 finished case(s)" in str(caught.value)
 
 
 def test_case_table_and_regions(script, source, raw_root):

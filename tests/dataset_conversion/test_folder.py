@@ -328,6 +328,45 @@ def test_refusals(scans, raw_root, heldout, options, words):
     assert names(raw_root) == [] and names(heldout) == []
 
 
+@pytest.mark.parametrize(
+    ("flat", "words"),
+    [("a", r"size 10x12x3, the image 10x12\."), ("a_m", r"size 10x12, the image 10x12x3\.")],
+)
+def test_image_and_mask_of_unequal_dimensions(tmp_path, raw_root, write, flat, words):
+    for name in ("a", "a_m"):
+        shape = (12, 10) if name == flat else (3, 12, 10)
+        write(np.ones(shape, np.uint8), tmp_path / "s" / f"{name}.nrrd")
+    options = ["--images", "*.nrrd", "--masks", "*_m.nrrd", *MRI, "--labels", "x=1"]
+    with pytest.raises(UserError, match=r"a: the mask .*a_m.nrrd has " + words):
+        run(tmp_path / "s", *options)
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"labels": {"background": 0, "l": 300}}, "label 'l' has the value 300, .* 0 to 255"),
+        ({"labels": {"background": 0, "l": [1, -2]}}, "label 'l' has the value -2, .*--labels"),
+        ({"labels": {"background": 0, "l": "1"}}, "label 'l' has the value \"1\""),
+        ({"labels": {"0": "background", "256": "l"}}, "label 'l' has the value 256"),
+        ({"labels": ["background", "l"]}, 'labels is not of the form {"NAME": value'),
+        (
+            {"channel_names": ["MRI"]},
+            r'channel_names is not .*{"0": "NAME".* \["MRI"\].*--channels',
+        ),
+        ({"modality": {"zero": "MRI"}}, 'modality is not of the form {"0": "NAME"'),
+        ([], "holds no object"),
+    ],
+)
+def test_dataset_json_that_nnunet_would_not_read(scans, raw_root, about, words):
+    if isinstance(about, dict):
+        about = {"modality": {"0": "MRI"}, "labels": {"background": 0, "l": 1, "r": 2}, **about}
+    (scans / "dataset.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"scans/dataset.json.*" + words):
+        run(scans, *PAIRS[:4])
+    if isinstance(about, dict):
+        run(scans, *PAIRS)  # options replace it
+
+
 def test_two_files_for_one_case(scans, raw_root, write, make_case):
     write(make_case(0)[0], scans / "images" / "more" / "p1_a.nii.gz")
     with pytest.raises(UserError, match=r"matches .*p1_a.nii.gz and .*p1_a.nii.gz for case 'p1_a'"):

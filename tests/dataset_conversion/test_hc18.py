@@ -169,6 +169,77 @@ def test_test_images_are_another_numbering(release, raw_root, heldout):
     assert (folder / "cases.csv").read_text(encoding="utf-8").split()[-1] == "test_010_HC,0.31"
 
 
+def held_out(release, folder, name="029_HC", table="training_set_pixel_size_and_HC.csv"):
+    """Put an annotated image into another folder, with a csv file of its own."""
+    train = annotation(release, "300_HC").parent
+    (release / folder).mkdir(exist_ok=True, parents=True)
+    image = sitk.InvertIntensity(sitk.ReadImage(str(train / "300_HC.png")))
+    sitk.WriteImage(image, str(release / folder / f"{name}.png"))
+    shutil.copy(annotation(release, "300_HC"), release / folder / f"{name}_Annotation.png")
+    text = f"filename,pixel size(mm),head circumference (mm)\n{name}.png,0.2,50\n"
+    if "HC" not in table:
+        text = f"filename,pixel size(mm)\n{name}.png,0.2\n"
+    (release / folder / table).write_text(text)
+
+
+def test_annotated_images_in_a_test_folder_are_test_cases(release, raw_root, heldout, capsys):
+    held_out(release, "test_set")  # beside 000_HC and 010_HC, which are the challenge's
+    run(release, "--labeled", 3, "--use-test-images")
+    record = load(raw_root / "Dataset005_HC18_3labeled")
+    assert record["splits"]["test"] == ["029_HC"]
+    assert sorted(record["order"]) == [*CASES, "test_000_HC", "test_010_HC"]
+    hidden = heldout / "Dataset005_HC18_3labeled"
+    assert names(hidden / "test_labels") == ["029_HC.nii.gz"]
+    image = sitk.ReadImage(str(hidden / "test_images" / "029_HC_0000.nii.gz"))
+    np.testing.assert_allclose(image.GetSpacing(), (0.2, 0.2), rtol=1e-6)
+    assert "2 image(s) beside annotated ones have no annotation" in capsys.readouterr().out
+    run(release, "-d", 6, "--test", 2)
+    record = load(raw_root / "Dataset006_HC18")
+    assert record["unused"] == ["029_HC"], "held out, whatever the test set is"
+
+
+def test_lists_and_held_out_images(release, raw_root, tmp_path):
+    held_out(release, "testing/images")
+    (tmp_path / "train.list").write_text("301_HC\n010_HC\n")
+    (tmp_path / "test.list").write_text("029_HC\n")
+    lists = ("--list", tmp_path / "train.list", "--test", tmp_path / "test.list")
+    run(release, *lists)
+    splits = load(raw_root / "Dataset005_HC18")["splits"]
+    assert splits == {"train": ["301_HC", "010_HC"], "val": [], "test": ["029_HC"]}
+    (tmp_path / "train.list").write_text("301_HC\n029_HC\n")
+    with pytest.raises(UserError, match=r"029_HC is in both lists, train and test.*--test FILE"):
+        run(release, *lists[:2], "-d", 6)
+    held_out(release, "test_set", "010_3HC")
+    with pytest.raises(UserError, match=r"010_3HC .test. and 010_2?HC .train. belong together"):
+        run(release, "-d", 6)
+
+
+@pytest.mark.parametrize("table", ["training_set_pixel_size_and_HC.csv", "test_set_pixel_size.csv"])
+def test_held_out_images_alone(release, raw_root, table):
+    shutil.rmtree(release / "test_set")
+    held_out(release, "test_set", table=table)
+    run(release / "test_set")
+    folder = raw_root / "Dataset005_HC18"
+    assert names(folder / "labelsTr") == ["029_HC.nii.gz"]
+    image = sitk.ReadImage(str(folder / "imagesTr" / "029_HC_0000.nii.gz"))
+    np.testing.assert_allclose(image.GetSpacing(), (0.2, 0.2), rtol=1e-6)
+
+
+def test_pixel_sizes_of_the_challenge_s_test_images_are_no_other_s(release, raw_root):
+    held_out(release, "test_set", "000_2HC")
+    (release / "test_set" / "training_set_pixel_size_and_HC.csv").unlink()
+    table = release / "test_set_pixel_size.csv"
+    table.write_text(table.read_text(encoding="utf-8") + "000_2HC.png,0.4\n")
+    with pytest.raises(UserError, match=r"No csv file tells the pixel size of .*000_2HC.png"):
+        run(release)
+
+
+def test_annotated_image_in_both_folders_is_refused(release, raw_root):
+    held_out(release, "test_set", "300_HC")
+    with pytest.raises(UserError, match=r"300_HC.png are the same case. Remove one copy"):
+        run(release)
+
+
 def test_refusals(release, raw_root, tmp_path):
     table = release / "training_set_pixel_size_and_HC.csv"
     text = table.read_text(encoding="utf-8")

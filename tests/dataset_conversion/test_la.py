@@ -235,6 +235,22 @@ def test_absent_scans_are_named(tmp_path, raw_root, capsys):
     assert record(raw_root, "Dataset005_LA_cropped")["missing"] == TEST
 
 
+@pytest.mark.parametrize("kind", ["nrrd", "h5"])
+def test_test_scans_alone(tmp_path, raw_root, kind):
+    for seed, name in enumerate(TEST):
+        (write_nrrd if kind == "nrrd" else write_h5)(tmp_path / "data" / name, seed)
+    with pytest.raises(UserError, match=r"None of the 80 training cases.*--list FILE --test 0\."):
+        run(tmp_path / "data")
+    (tmp_path / "test.list").write_text("\n".join(TEST))
+    options = ["--list", tmp_path / "test.list"]
+    with pytest.raises(UserError, match=rf"{TEST[0]} is in both lists, train and test.*--test 0"):
+        run(tmp_path / "data", *options)
+    run(tmp_path / "data", *options, "--test", 0)
+    folder = raw_root / ("Dataset005_LA" if kind == "nrrd" else "Dataset005_LA_cropped")
+    assert record(raw_root, folder.name)["labeled"] == TEST
+    assert names(folder / "labelsTr") == sorted(f"{n}.nii.gz" for n in TEST)
+
+
 def test_masks_of_another_kind(small, raw_root, few):
     path = small / "2018LA_Seg_Training Set" / TRAIN[1] / "laendo.nrrd"
     sitk.WriteImage(sitk.ReadImage(str(path)) / 255, str(path))

@@ -89,6 +89,34 @@ def test_groups_equal_naive_chains(tmp_path, write):
     assert group[7] == 0
 
 
+def test_lists_may_part_frames_that_look_alike(release, raw_root, heldout, tmp_path, capsys):
+    """03744, 03745 and 03750 are alike, 03747 and 03751 are equal; others chose the test cases."""
+    folder = release / "PSFHS" / "image_mha"
+    (folder / "03751.mha").write_bytes((folder / "03747.mha").read_bytes())
+    (tmp_path / "train.list").write_text("03745\n03751\n03744\n03746\n")
+    (tmp_path / "test.list").write_text("03750\n03747\n")
+    lists = ("--list", tmp_path / "train.list", "--test", tmp_path / "test.list")
+    run(release, *lists, "--labeled", 2)
+    made = load(raw_root / "Dataset005_PSFHS_2labeled")
+    assert made["order"] == ["03745", "03744", "03746"]
+    assert made["splits"]["test"] == ["03750", "03747"]
+    assert made["dropped"] == ["03751"]
+    assert made["labeled"] == ["03745", "03744"]
+    assert made["notes"] == {"03750": {"training_cases_of_its_group": ["03745", "03744"]}}
+    told = capsys.readouterr().out
+    assert "1 groups of near-identical images stand on both sides" in told
+    assert "2 for training, 1 held out; for example 03745 and 03750" in told
+    assert names(heldout / "Dataset005_PSFHS_2labeled" / "test_labels") == [
+        "03747.nii.gz",
+        "03750.nii.gz",
+    ]
+    run(release, *lists[2:], "-d", 6)
+    assert load(raw_root / "Dataset006_PSFHS")["notes"].keys() == {"03750"}
+    (tmp_path / "train.list").write_text("03745\n03750\n")
+    with pytest.raises(UserError, match="03750 is in both lists, train and test"):
+        run(release, *lists, "-d", 7)
+
+
 def test_copies_and_unequal_planes(release, raw_root, write):
     folder = release / "PSFHS" / "image_mha"
     planes = np.stack([frame(1, 2), frame(1, 3), frame(1, 4)])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_ssl.dataset_conversion import main
+from nnunet_ssl.dataset_conversion import PSFHS, main
+from nnunet_ssl.dataset_conversion.selection import by_hash
 
 from .conftest import names
 
@@ -163,11 +164,41 @@ def test_psfhs(tmp_path, raw_root):
     record = result.record
     assert len(train) == 700
     assert (record["duplicates"], record["notes"]) == ([], {})
-    assert 100 < len(record["labeled"]) <= 140
-    first = list(dict.fromkeys(record["groups"][c] for c in train))
-    chosen = list(dict.fromkeys(record["groups"][c] for c in record["labeled"]))
-    assert chosen == first[: len(chosen)]
+    assert 135 < len(record["labeled"]) <= 140
+    assert (
+        record["labeled"][:100]
+        == [
+            c
+            for g in dict.fromkeys(map(record["groups"].get, train))
+            for c in train
+            if record["groups"][c] == g
+        ][:100]
+    )
     image, mask = result.read(train[0])
     assert image.GetSize() == mask.GetSize() == (256, 256)
     planes = sitk.GetArrayFromImage(sitk.ReadImage(str(source / "image_mha" / f"{train[0]}.mha")))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image), planes[2])
+
+
+@pytest.mark.slow
+def test_psfhs_split_by_another_likeness(tmp_path, raw_root, monkeypatch):
+    """Test cases chosen by groups above 0.95 are all converted, though they part groups at 0.9."""
+    source = release("PSFHS", tmp_path)
+    train = lines(source / "train.list")
+    with monkeypatch.context() as patch:
+        patch.setattr(PSFHS, "ALIKE", 0.95)
+        paths = [source / "image_mha" / f"{c}.mha" for c in sorted(train)]
+        groups = dict(zip(sorted(train), PSFHS.group_frames(paths), strict=True))
+    held = set(by_hash(groups.values())[-140:])
+    sides = {
+        k: [c for c in train if (groups[c] in held) == (k == "test")] for k in ("train", "test")
+    }
+    for part, cases in sides.items():
+        (tmp_path / f"{part}.list").write_text("\n".join(cases))
+    lists = ("--list", tmp_path / "train.list", "--test", tmp_path / "test.list")
+    convert("PSFHS", source, *lists, "--labeled", 56)
+    result = Result(raw_root, "Dataset005_PSFHS_56labeled", {0, 1, 2}, sides["train"])
+    assert result.record["splits"]["test"] == sides["test"]
+    assert result.record["dropped"] == []
+    assert len(result.record["labeled"]) == 56
+    assert len(result.record["notes"]) > 5
