@@ -115,8 +115,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("-d", required=True, metavar="ID", help="the fully annotated data set")
     sub.add_argument("-o", required=True, type=int, metavar="NEWID", help="id of the new data set")
-    sub.add_argument("--labeled", required=True, type=int, metavar="N", help="cases keeping masks")
-    sub.add_argument("--list", metavar="FILE", help="order of the cases, one name a line")
+    sub.add_argument(
+        "--labeled", required=True, type=int, metavar="N", help="cases (groups) keeping masks"
+    )
+    sub.add_argument(
+        "--list",
+        metavar="FILE",
+        help="order of the cases, one name a line (that of the conversion, else by name)",
+    )
     sub.add_argument(
         "--draw",
         type=int,
@@ -125,12 +131,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="0: the order as it is (default); above 0: seed of a shuffle",
     )
     sub.add_argument(
-        "--test", metavar="N|FILE", help="last N cases, or those named in FILE, become a test set"
+        "--test", metavar="N|FILE", help="last N cases (groups), or those named in FILE: test set"
     )
     sub.add_argument(
         "--groups",
         metavar="FILE",
-        help="CSV case,group: numbers count groups (patients), which stay whole",
+        help="CSV case,group: numbers count groups (patients), which stay whole (those of the "
+        "conversion, if any)",
     )
     sub.add_argument("--copy", action="store_true", help="copy files instead of linking them")
 
@@ -491,6 +498,7 @@ def run_split(args: argparse.Namespace) -> None:
         list_file=Path(args.list) if args.list else None,
         test=int(args.test) if args.test and args.test.isdigit() else args.test and Path(args.test),
         groups=read_groups(Path(args.groups)) if args.groups else None,
+        follow_record=True,
         copy=args.copy,
     )
     print(f"Next: nnunet_ssl plan_and_preprocess -d {args.o} -c 2d 3d_fullres")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation import evaluate
 from nnunet_ssl.evaluation.cells import (
     NOT_TOLD,
     STOCK,
@@ -30,11 +31,18 @@ from nnunet_ssl.evaluation.runner import (
     locked,
     print_table,
     run_cells,
+    short,
     warn_of_shared_cores,
     write_task,
 )
 from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, count, read_spec
-from nnunet_ssl.evaluation.tasks import TASK, read_task
+from nnunet_ssl.evaluation.tasks import (
+    CHECKPOINTS,
+    TASK,
+    read_state,
+    read_task,
+    result_folders,
+)
 from nnunet_ssl.io import write_json, write_text
 from nnunet_ssl.planning.api import plans_name_of
 from nnunet_ssl.planning.raw import RawDataset, inspect_case, list_cases
@@ -47,11 +55,11 @@ from nnunet_ssl.planning.splits import (
     read_groups,
     take_test,
 )
-from nnunet_ssl.planning.workers import Workers
+from nnunet_ssl.planning.workers import Workers, processes_for
 
 FORMAT = 1
 SMALL_PLANS = "nnUNetSmallPlans"
-HASHES = "hashes.json"
+CHECKED = "hashes.json"  # files that were read -> hash of an image, or that a mask fits
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ def run_benchmark(
     wanted = chosen(cells, only)
     plan = build_tasks(checked, data, cells, folder, workers)
     check_folder(folder, plan)
+    check_checkpoints(plan)
     print_table(folder, cells, wanted)
     if dry_run:
         return 0
@@ -129,7 +138,7 @@ def run_benchmark(
             if launcher == "slurm"
             else LocalLauncher(workers)
         )
-        check_leaks(data, folder)
+        check_images(data, folder)
         write_text(checked.text, folder / "spec.yaml")
         if not data.test_images:
             place_once(data.raw, list(data.test), folder / "test")
@@ -279,13 +288,16 @@ def held_out_folders(spec: Spec, source: Path, converted: Mapping) -> tuple[Path
     return images, labels
 
 
-def check_leaks(data: Data, folder: Path) -> None:
-    """Compare the content of all images; hashes are kept for the next start.
+def check_images(data: Data, folder: Path) -> None:
+    """Compare the content of all images, and test masks with their images.
+
+    What was read is noted for the next start.
 
     Raises:
-        UserError: a test image is also a training image, or an image cannot be read.
+        UserError: a test image is also a training image, a file cannot be read, or the evaluation
+            would refuse test masks.
     """
-    path = folder / HASHES
+    path = folder / CHECKED
     known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     paths = {case: data.raw.labeled[case] for case in data.training}
     sides = [paths, data.test]
@@ -296,22 +308,35 @@ def check_leaks(data: Data, folder: Path) -> None:
         for case, key in stamps.items()
         if key not in known
     }
-    if missing:
-        reader = data.raw.reader_writer()
-        jobs = [(files, reader, data.raw.num_channels) for files in missing.values()]
-        # starting a process takes as long as reading some ten small images
-        with Workers(max(1, min(4, os.cpu_count() or 1, len(jobs) // 10))) as workers:
+    masks, dataset_json = test_masks(data), data.raw.folder / "dataset.json"
+    pairs = {c: _stamp([*files, masks[c], dataset_json]) for c, files in data.test.items()}
+    unchecked = {case: data.test[case][0] for case, key in pairs.items() if key not in known}
+    with Workers(processes_for(len(missing) + len(unchecked))) as workers:
+        if missing:
+            reader = data.raw.reader_writer()
+            jobs = [(files, reader, data.raw.num_channels) for files in missing.values()]
             infos = workers.map(inspect_case, jobs, "Comparing test and training images")
-        known |= {key: info.content for key, info in zip(missing, infos, strict=True)}
-        write_json(known, path)
-    trained = {known[key]: case for case, key in keys[0].items()}
-    for case, key in keys[1].items():
-        if known[key] in trained:
-            twin = trained[known[key]]
-            raise UserError(
-                f"The test image {data.test[case][0]} is the same as the training image "
-                f"{paths[twin][0]}. Take one of {case} and {twin} out of order and test."
-            )
+            known |= {key: info.content for key, info in zip(missing, infos, strict=True)}
+            write_json(known, path)
+        trained = {known[key]: case for case, key in keys[0].items()}
+        for case, key in keys[1].items():
+            if known[key] in trained:
+                twin = trained[known[key]]
+                raise UserError(
+                    f"The test image {data.test[case][0]} is the same as the training image "
+                    f"{paths[twin][0]}. Take one of {case} and {twin} out of order and test."
+                )
+        if unchecked:
+            reader = data.raw.reader_writer()
+            evaluate.check_annotations(masks, unchecked, reader, dataset_json, workers)
+            write_json(known | dict.fromkeys(pairs.values(), "fits"), path)
+
+
+def test_masks(data: Data) -> dict[str, Path]:
+    """Case -> mask, of the test cases."""
+    if data.test_labels:
+        return {c: data.test_labels / f"{c}{data.raw.file_ending}" for c in data.test}
+    return {case: data.raw.masks[case] for case in data.test}
 
 
 def _stamp(files: Sequence[Path]) -> str:
@@ -373,9 +398,7 @@ def dataset_task(
     program = ["nnUNetv2_plan_and_preprocess"]
     if not supervised:
         program = ["nnunet_ssl", "plan_and_preprocess"]
-    processes = str(min(4, os.cpu_count() or 1))
     command = [*program, "-d", str(number), "-c", spec.configuration, "-pl", planner]
-    command += ["-np", processes, "-npfp", processes]
     return {
         "definition": {
             "dataset": str(data.raw.folder),
@@ -398,6 +421,7 @@ def dataset_task(
                 str(folder / "nnunet_ssl_heldout" / name),
                 str(folder / "nnUNet_preprocessed" / name),
             ],
+            "results": str(folder / "nnUNet_results"),
         },
         "plan": {
             "command": command,
@@ -444,13 +468,12 @@ def cell_task(
     model = folder / results / name / f"{cell.trainer}__{plans}__{spec.configuration}"
     options = ["-tr", cell.trainer, "-p", plans, "-device", spec.device]
     train = ["nnUNetv2_train", number, spec.configuration, cell.fold, *options]
-    exporters = str(max(1, min(3, (os.cpu_count() or 1) // 2)))
     images, labels = test_folders(data, folder)
 
     def predict(images: Path, output: Path, checkpoint: str, mirroring: bool) -> list[str]:
         command = ["nnUNetv2_predict", "-i", str(images), "-o", str(output), "-d", number]
         command += ["-c", spec.configuration, "-f", cell.fold, *options, "-chk", checkpoint]
-        command += ["-step_size", f"{spec.step_size:g}", "-npp", exporters, "-nps", exporters]
+        command += ["-step_size", f"{spec.step_size:g}"]
         return command if mirroring else [*command, "--disable_tta"]
 
     hidden = dataset["split"]["unlabeled"][: spec.pseudo_labels]
@@ -507,7 +530,6 @@ def cell_task(
             "units": spec.units,
             "tolerance": spec.tolerance,
             "circumference": list(spec.circumference),
-            "processes": max(1, (os.cpu_count() or 1) // workers),
         },
         "pseudo_labels": pseudo_labels,
     }
@@ -529,11 +551,45 @@ def order_tasks(
     return needs
 
 
+def check_checkpoints(plan: Mapping[Path, dict]) -> None:
+    """Check that no training has begun on a data set that is to be made, or made anew.
+
+    The cells of the plan have been checked; this finds pre-trainings and cells of an earlier spec.
+
+    Raises:
+        UserError: names the training, and what has changed.
+    """
+    for place, task in plan.items():
+        if "split" not in task:
+            continue
+        changed = changes(place, task)
+        if not changed and "split" in read_state(place)["stages"]:
+            continue
+        begun = [p for root in result_folders(task["split"]) for p in root.rglob(CHECKPOINTS)]
+        if not begun:
+            continue
+        model, why, back = begun[0].parent, "is to be made again", ""
+        if changed:
+            key, (before, now) = next(iter(changed.items()))
+            why = f"was made with another spec: {key} was {short(before)}, now it is {short(now)}"
+            back = f", put {key} back"
+        raise UserError(
+            f"{model} holds a training on {place.name}, which {why}. Give a new folder with -o"
+            f"{back}, or remove {model}."
+        )
+
+
+def changes(place: Path, task: dict) -> dict[str, tuple[Any, Any]]:
+    """Return what a data set was made for and what now differs: key -> before, now."""
+    if "split" not in task or not (place / TASK).is_file():
+        return {}
+    before, now = read_task(place)["definition"], json.loads(json.dumps(task["definition"]))
+    return {k: (before.get(k), now.get(k)) for k in before | now if before.get(k) != now.get(k)}
+
+
 def renew_if_changed(place: Path, task: dict) -> None:
     """Throw away a data set that was made for another spec; no cell has begun to use it."""
-    if "split" not in task or not (place / TASK).is_file():
-        return
-    if read_task(place)["definition"] != json.loads(json.dumps(task["definition"])):
+    if changes(place, task):
         for root in read_task(place)["split"]["inside"]:
             shutil.rmtree(root, ignore_errors=True)
         shutil.rmtree(place)

@@ -1,13 +1,13 @@
 """The cells of a benchmark: which trainer runs with which budget, draw and seed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.spec import PSEUDO_LABELS_AT, Spec, count, twin_name
-from nnunet_ssl.naming import resolve
+from nnunet_ssl.naming import parse_setting, resolve
 from nnunet_ssl.two_stages import pretraining_of
 
 Role = Literal["method", "twin", "stock", "bound", "equal_compute"]
@@ -64,16 +64,41 @@ def join(name: str, settings: Mapping[str, str]) -> str:
     return "+".join([name, *(f"{k}={v}" for k, v in settings.items())])
 
 
-def twin_of(trainer: str, shared: str | None = None) -> tuple[str, dict[str, str]]:
+def fitting(trainer: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return those of some settings that a trainer knows and whose values fit it."""
+    cls: Any = resolve(trainer)
+    known = {k: v for k, v in settings.items() if k in cls.settings()}
+    return {k: v for k, v in known.items() if _fits(cls, k, v)}
+
+
+def _fits(cls: type, key: str, value: str) -> bool:
+    try:
+        parse_setting(cls, key, value)
+    except UserError:
+        return False
+    return True
+
+
+def twin_of(
+    trainer: str, shared: str | None = None, common: Mapping[str, str] | None = None
+) -> tuple[str, dict[str, str]]:
     """Return the twin's name and its own settings; `shared` names one for all trainers.
 
-    What the trainer's name sets and the twin knows, the twin gets as well: both then differ in the
-    use of unlabelled scans alone.
+    What the trainer's name sets and fits the twin, the twin gets as well: both then differ in the
+    use of unlabelled scans alone. It wins over the `common` settings, which the caller adds; these
+    win over what the twin's name sets.
     """
     name, settings = parts_of(twin_name(trainer, shared))
-    known = resolve(name).settings()  # type: ignore[attr-defined]
+    given = fitting(name, common or {})
     _, own = parts_of(trainer)
-    return name, settings | {k: v for k, v in own.items() if k in known}
+    kept = {k: v for k, v in settings.items() if k not in given}
+    return name, kept | fitting(name, own)
+
+
+def training(trainer: str) -> Hashable:
+    """Return what tells trainings apart: the trainer and the values of all its settings."""
+    cls: Any = resolve(trainer)
+    return parts_of(trainer)[0], frozenset(cls.settings().items())
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,18 @@ def make_cell(
     )
 
 
+def make_twin(
+    role: Role,
+    trainer: str,
+    common: Mapping[str, str],
+    place: Place,
+    shared: str | None = None,
+) -> Cell:
+    """Return the cell of a trainer's twin, with those common settings that fit it."""
+    name, own = twin_of(trainer, shared, common)
+    return make_cell(role, name, own, fitting(name, common), place)
+
+
 def pretraining_task(cell: Cell, command: Sequence[str], model: Path) -> dict[str, Any] | None:
     """Return command and folder of the training that a cell starts from, if there is one.
 
@@ -154,18 +191,31 @@ def with_twins(
     """Return the twins of some trainers, each once, and the cells of the trainers themselves.
 
     A twin that is `shared` by all trainers saves runs; EMA and deployment may then differ too.
+
+    Raises:
+        UserError: two of the trainers are the same training.
     """
-    twins: dict[str, Cell] = {}
+    named: dict[Hashable, str] = {}
+    twins: dict[Hashable, Cell] = {}
     methods = []
     for trainer in trainers:
         name, own = parts_of(trainer)
-        if not resolve(trainer).uses_unlabeled:  # type: ignore[attr-defined]
+        supervised = not resolve(trainer).uses_unlabeled  # type: ignore[attr-defined]
+        if supervised:
             cell = make_cell("twin", name, own, common, place)
-            twins.setdefault(cell.id, cell)
-            continue
-        twin = make_cell("twin", *twin_of(trainer, shared), common, place)
-        twins.setdefault(twin.id, twin)
-        methods.append(make_cell("method", name, own, common, place, twin.id))
+        else:
+            twin = make_twin("twin", trainer, common, place, shared)
+            twin = twins.setdefault(training(twin.trainer), twin)
+            cell = make_cell("method", name, own, common, place, twin.id)
+            methods.append(cell)
+        key = training(cell.trainer)
+        if key in named:
+            raise UserError(
+                f"{named[key]} and {trainer} are the same training, {cell.trainer}. Remove one."
+            )
+        named[key] = trainer
+        if supervised:
+            twins.setdefault(key, cell)
     return list(twins.values()), methods
 
 
@@ -177,7 +227,7 @@ def expand(spec: Spec, training_groups: int) -> list[Cell]:
         training_groups: cases (groups) that are not for testing: the budget of the bound.
 
     Raises:
-        UserError: a full name longer than file systems take.
+        UserError: a full name longer than file systems take, or two names of one training.
     """
     common = dict(spec.settings)
     if spec.pseudo_labels:
@@ -189,17 +239,19 @@ def expand(spec: Spec, training_groups: int) -> list[Cell]:
             for seed in spec.seeds:
                 label = f"{budget}labeled_draw{draw}_seed{seed}"
                 place = Place(label, budget, str(budget), draw, seed)
-                twins, methods = with_twins(spec.trainers, common, place, spec.twin)
+                try:
+                    twins, methods = with_twins(spec.trainers, common, place, spec.twin)
+                except UserError as error:
+                    raise spec.error("trainers", str(error)) from error
                 cells += twins + methods
                 if "equal_compute" in spec.also:
                     cells += longer_twins(methods, twins, common, place)
                 if "stock" in spec.also:
                     cells.append(stock_cell(place, twins[0].id))
     if "bound" in spec.also:
-        name, own = twin_of(spec.trainers[0], spec.twin)
         for seed in spec.seeds:
             place = Place(f"all_seed{seed}", training_groups, "all", 0, seed)
-            cells.append(make_cell("bound", name, own, common, place))
+            cells.append(make_twin("bound", spec.trainers[0], common, place, spec.twin))
     for cell in cells:
         folder = f"{cell.trainer}__{'x' * 20}__{spec.configuration}"
         if len(folder.encode()) > LONGEST_NAME:
@@ -214,7 +266,8 @@ def longer_twins(
 ) -> list[Cell]:
     """Return the twins with as many epochs more as their methods' steps cost more."""
     by_id = {twin.id: twin for twin in twins}
-    longer: dict[str, Cell] = {}
+    known = {training(twin.trainer) for twin in twins}
+    longer: dict[Hashable, Cell] = {}
     for method in methods:
         twin = by_id[method.twin or ""]
         name, own = parts_of(twin.name)
@@ -222,8 +275,9 @@ def longer_twins(
         cell = make_cell(
             "equal_compute", name, {**own, "num_epochs": epochs}, common, place, twin.id
         )
-        if cell.id not in by_id:
-            longer.setdefault(cell.id, cell)
+        key = training(cell.trainer)
+        if key not in known:
+            longer.setdefault(key, cell)
     return list(longer.values())
 
 

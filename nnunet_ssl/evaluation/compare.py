@@ -37,7 +37,13 @@ from nnunet_ssl.io import environment_folder
 from nnunet_ssl.naming import resolve
 from nnunet_ssl.planning.api import read_plans
 from nnunet_ssl.planning.raw import RawDataset, read_raw_dataset
-from nnunet_ssl.planning.splits import Splits, ensure_splits, place_once
+from nnunet_ssl.planning.splits import (
+    Splits,
+    ensure_splits,
+    groups_of,
+    place_once,
+    read_record,
+)
 
 FORMAT = 1
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -74,7 +80,8 @@ def compare(
         0, or 1 if a training failed.
 
     Raises:
-        UserError: nothing to validate on, not planned, or an unknown trainer; before anything runs.
+        UserError: nothing to validate on, not planned, folds that part a group of cases, or an
+            unknown trainer; before anything runs.
     """
     if workers < 1:
         raise UserError(f"--workers is {workers}; give 1 or more.")
@@ -85,7 +92,7 @@ def compare(
     check_ready(raw, base, configuration, plans)
     if not has_device(device):
         raise UserError("-device cuda (the default): no CUDA GPU found here. Add: -device cpu")
-    splits = ensure_splits(raw.folder, base, list(raw.labeled))
+    splits = ensure_splits(raw.folder, base, list(raw.labeled), for_scores=True)
     cells = expand(trainers, splits, len(raw.labeled))
     plan = {
         folder / "cells" / cell.id: cell_task(
@@ -126,6 +133,13 @@ def check_ready(raw: RawDataset, base: Path, configuration: str, plans: str) -> 
         raise UserError(
             f"{raw.folder} has 1 annotated case, so nothing is left to validate on. Annotate at "
             f"least one more scan; five or more make the answer worth more."
+        )
+    record = read_record(raw.folder)
+    groups = set(groups_of(raw.labeled, record).values())
+    if record and len(groups) < 2:
+        raise UserError(
+            f"{record.path} counts all {len(raw.labeled)} annotated cases as one group (patient), "
+            f"{groups.pop()}, so nothing is left to validate on. Annotate a scan of another one."
         )
     read_manifest(base, read_plans(base, plans, configuration), configuration)
 

@@ -3,10 +3,9 @@
 import csv
 import json
 import math
-import os
 import platform
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -42,7 +41,7 @@ from nnunet_ssl.io import (
     silence,
     write_json,
 )
-from nnunet_ssl.planning.workers import Workers
+from nnunet_ssl.planning.workers import Workers, available_cpus
 
 CASES_NAME, SUMMARY_NAME = "cases.csv", "summary.json"
 COLUMNS = ("case", "class", "metric", "unit", "value")
@@ -130,7 +129,7 @@ def evaluate_folder(
         units: of the distances.
         tolerance: of NSD, in each of the units, >= 0.
         circumference: classes that are heads, whose circumference is compared as well. 2D, in mm.
-        processes: cases at a time; None: one per core.
+        processes: cases at a time; None: one per core that this process may use.
         quiet: print nothing.
 
     Returns:
@@ -155,7 +154,10 @@ def evaluate_folder(
     _check_pairs(ground_truth, annotations, predictions, segmentations)
 
     cases = list(annotations)
-    readers = [_choose_reader(files, content) for files in (annotations, segmentations)]
+    readers = [
+        _choose_reader(files[cases[0]], files[cases[0]].name[len(cases[0]) :], content)
+        for files in (annotations, segmentations)
+    ]
     spacing_known = all(_holds_spacing(path, readers[0]) for path in annotations.values())
     if circumference and not spacing_known:
         raise UserError(
@@ -166,7 +168,7 @@ def evaluate_folder(
     options = (classes, used_units, tolerance, tuple(circumference))
     jobs = [(annotations[c], segmentations[c], *readers, *options) for c in cases]
     if processes is None:
-        processes = min(len(cases), os.cpu_count() or 1)
+        processes = min(len(cases), available_cpus())
     with Workers(processes) as workers, silence() if quiet else nullcontext():
         results = workers.map(score_case, jobs, "Scoring cases")
     _raise_all(p for result in results if isinstance(result, list) for p in result)
@@ -192,6 +194,37 @@ def evaluate_folder(
         print(format_summary(summary))
         print(f"\nWritten: {output / CASES_NAME}, {output / SUMMARY_NAME}")
     return summary
+
+
+def check_annotations(
+    annotations: Mapping[str, Path],
+    images: Mapping[str, Path],
+    image_reader: type[BaseReaderWriter],
+    dataset_json: Path,
+    workers: Workers,
+) -> None:
+    """Check annotations before there is anything to score.
+
+    A segmentation gets the geometry of its image, so that of image and annotation must fit as
+    `evaluate_folder` wants it.
+
+    Args:
+        annotations: case -> mask, of all cases.
+        images: case -> image, or the first of its channels; of the cases to check.
+        image_reader: of the images.
+        dataset_json: of the data set; names labels and file ending.
+        workers: to read with.
+
+    Raises:
+        UserError: an annotation unreadable, with another shape or geometry than its image, or with
+            a value outside the labels. One message tells all.
+    """
+    content = _read_dataset_json(dataset_json)
+    classes = _classes_of_dataset(dataset_json, content)
+    reader = _choose_reader(next(iter(annotations.values())), content["file_ending"], content)
+    jobs = [(annotations[c], image, reader, image_reader, classes) for c, image in images.items()]
+    results = workers.map(check_annotation, jobs, "Comparing test masks with their images")
+    _raise_all(problem for problems in results for problem in problems)
 
 
 # ---- what to score ------------------------------------------------------------------------------
@@ -325,10 +358,9 @@ def _raise_all(problems: Iterable[str]) -> None:
         raise UserError("\n".join(listed))
 
 
-def _choose_reader(files: dict[str, Path], dataset: dict) -> type[BaseReaderWriter]:
-    """Return nnU-Net's reader of these files: the one dataset.json names, else the first able."""
-    example = next(iter(files.values()))
-    ending = example.name[len(next(iter(files))) :].lower()
+def _choose_reader(example: Path, ending: str, dataset: dict) -> type[BaseReaderWriter]:
+    """Return nnU-Net's reader of such files: the one dataset.json names, else the first able."""
+    ending = ending.lower()
     if ending in ITK_ENDINGS and "overwrite_image_reader_writer" not in dataset:
         return SimpleITKIO
     content = dataset | {"file_ending": ending}
@@ -373,10 +405,15 @@ def score_case(
 
     truth, found = arrays
     problems = _compare_geometry(
-        segmentation, found, geometries[1], annotation, truth, geometries[0]
+        segmentation,
+        found,
+        geometries[1],
+        annotation,
+        truth,
+        geometries[0],
+        "the segmentation to the grid of the annotation",
     )
-    allowed = {0, *(v for values in classes.values.values() for v in values)}
-    ignore = set() if classes.ignore is None else {classes.ignore}
+    allowed, ignore = _allowed_values(classes)
     problems += _check_values(annotation, truth, allowed | ignore, classes.source)
     problems += _check_values(segmentation, found, allowed, classes.source)
     if problems:
@@ -407,6 +444,39 @@ def score_case(
             **masks, spacings={u: spacings[u] for u in units}, tolerance=tolerance, ignored=ignored
         ) | heads.get(name, {})
     return result
+
+
+def check_annotation(
+    annotation: Path,
+    image: Path,
+    annotation_reader: type[BaseReaderWriter],
+    image_reader: type[BaseReaderWriter],
+    classes: Classes,
+) -> list[str]:
+    """Return in words why an annotation cannot be compared with a segmentation of its image."""
+    try:
+        truth, geometry = _read_mask(annotation, annotation_reader)
+    except UserError as error:
+        return [str(error)]
+    with silence():  # the image has been read before, and is whole
+        array, properties = image_reader().read_images([str(image)])
+    problems = _compare_geometry(
+        annotation,
+        truth,
+        geometry,
+        image,
+        array[0],
+        _geometry_of(properties),
+        "the mask to the grid of the image",
+    )
+    allowed, ignore = _allowed_values(classes)
+    return problems + _check_values(annotation, truth, allowed | ignore, classes.source)
+
+
+def _allowed_values(classes: Classes) -> tuple[set[int], set[int]]:
+    """Values of masks, and those of annotations alone."""
+    allowed = {0, *(v for values in classes.values.values() for v in values)}
+    return allowed, set() if classes.ignore is None else {classes.ignore}
 
 
 def _measure_heads(
@@ -443,6 +513,10 @@ def _read_mask(path: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, 
         raise UserError(f"{path} holds {len(array)} channels. A mask has one: convert it.")
     if has_nonfinite_nifti(path):
         raise UserError(f"{path} holds NaN or infinite values. Write a mask of integers.")
+    return array[0], _geometry_of(properties)
+
+
+def _geometry_of(properties: Mapping[str, Any]) -> dict[str, Any]:
     geometry: dict[str, Any] = {"array_spacing": [float(i) for i in properties["spacing"]]}
     if "sitk_stuff" in properties:
         geometry |= {k: properties["sitk_stuff"][k] for k in ("spacing", "origin", "direction")}
@@ -455,16 +529,22 @@ def _read_mask(path: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, 
         geometry["direction"] = tuple((affine[:3, :3] / spacing).ravel())
     else:
         geometry["spacing"] = tuple(geometry["array_spacing"])
-    return array[0], geometry
+    return geometry
 
 
 def _compare_geometry(
-    path: Path, array: np.ndarray, geometry: dict, other: Path, expected: np.ndarray, wanted: dict
+    path: Path,
+    array: np.ndarray,
+    geometry: dict,
+    other: Path,
+    expected: np.ndarray,
+    wanted: dict,
+    resample: str,
 ) -> list[str]:
     if array.shape != expected.shape:
         return [
-            f"{path} has shape {array.shape}, but {other} has {expected.shape}. Resample the "
-            f"segmentation to the grid of the annotation."
+            f"{path} has shape {array.shape}, but {other} has {expected.shape}. Resample "
+            f"{resample}."
         ]
     voxel = min(wanted["array_spacing"])
     limits = {
@@ -480,7 +560,7 @@ def _compare_geometry(
         if ours.shape != theirs.shape or (np.abs(ours - theirs) > limit).any():
             problems.append(
                 f"{path} has {name} {_numbers(ours)}, but {other} has {_numbers(theirs)}. Correct "
-                f"the header, or resample the segmentation to the grid of the annotation."
+                f"the header, or resample {resample}."
             )
     return problems
 

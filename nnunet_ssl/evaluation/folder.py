@@ -211,18 +211,61 @@ class Runs:
         values = self.scores_of(cell, metric)
         return float(values.mean() if name is None else values[name])
 
-    def unit_differences(
+    @cached_property
+    def tables(self) -> dict[Metric, pd.DataFrame]:
+        """Scores of a metric: rows (class, case), a column a cell."""
+        return {
+            (str(metric), str(unit)): rows.pivot(
+                index=["class", "case"], columns="cell", values="value"
+            )
+            for (metric, unit), rows in self.scores.groupby(["metric", "unit"])
+        }
+
+    def in_both(self, cell: dict, twin: dict, metric: Metric, name: str | None) -> pd.DataFrame:
+        """Scores of two runs by class and case, columns `own`, `twin`; NaN where one has none."""
+        table = self.tables[metric].reindex(columns=[cell["id"], twin["id"]])
+        table.columns = pd.Index(["own", "twin"])
+        return table if name is None else table[table.index.get_level_values("class") == name]
+
+    def difference(self, cell: dict, twin: dict, metric: Metric, name: str | None = None) -> float:
+        """A run's score minus another's, over the cases and classes that both have.
+
+        Mean over the cases of a class, then over classes; NaN without a common score.
+        """
+        if metric not in self.tables:
+            return math.nan
+        scores = self.in_both(cell, twin, metric, name)
+        return float((scores["own"] - scores["twin"]).groupby("class").mean().mean())
+
+    def paired(
         self, cells: Sequence[dict], metric: Metric, name: str | None = None
-    ) -> tuple[np.ndarray, statistics.UnitKind]:
-        """Differences to the twin, one a unit of the rule; runs that lack either are left out."""
+    ) -> tuple[int, int]:
+        """Scores (case x class x run) that run and twin both have, and those that one has."""
+        both = either = 0
+        for cell, twin in self.pairs(cells) if metric in self.tables else []:
+            known = self.in_both(cell, twin, metric, name).notna()
+            both += int(known.all(axis=1).sum())
+            either += int(known.any(axis=1).sum())
+        return both, either
+
+    def differences(
+        self, cells: Sequence[dict], metric: Metric, name: str | None = None
+    ) -> pd.DataFrame:
+        """Differences to the twin, one a run, with draw and seed; runs that lack it left out."""
         table = pd.DataFrame(
             [
-                (c["draw"], c["seed"], self.score(c, metric, name) - self.score(t, metric, name))
+                (c["draw"], c["seed"], self.difference(c, t, metric, name))
                 for c, t in self.pairs(cells)
             ],
             columns=["draw", "seed", "difference"],
         )
-        return statistics.units_of(table.dropna(subset="difference"), self.folds)
+        return table.dropna(subset="difference")
+
+    def unit_differences(
+        self, cells: Sequence[dict], metric: Metric, name: str | None = None
+    ) -> tuple[np.ndarray, statistics.UnitKind]:
+        """Differences to the twin, one a unit of the rule."""
+        return statistics.units_of(self.differences(cells, metric, name), self.folds)
 
     @cached_property
     def dice_by_cell(self) -> dict[str, pd.Series]:

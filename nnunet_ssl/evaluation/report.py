@@ -16,11 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from tqdm import tqdm
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation import evaluate, figures, statistics
+from nnunet_ssl.evaluation.cells import join, twin_of
 from nnunet_ssl.evaluation.folder import DICE, MAIN, METRICS, PERCENT, Metric, Runs
 from nnunet_ssl.evaluation.statistics import Verdict
 from nnunet_ssl.history import read_log
 from nnunet_ssl.io import write_text
+from nnunet_ssl.naming import resolve
 from nnunet_ssl.version import __version__
 
 MOST_POINTS = 100  # of a curve
@@ -122,6 +125,7 @@ def color_of(runs: Runs, name: str, role: str) -> str:
 def page_of(runs: Runs) -> dict[str, Any]:
     """Everything the template prints."""
     tables = [(budget, rows_of(runs, budget)) for budget in runs.budgets]
+    other_twins, other_bounds = twin_notes(runs), bound_notes(runs)
     return {
         "info": runs.info,
         "version": __version__,
@@ -141,7 +145,9 @@ def page_of(runs: Runs) -> dict[str, Any]:
         "failed": runs.failed,
         "waiting": runs.waiting,
         "describe": lambda cell: describe(runs, cell),
-        "notes": notes(runs, tables),
+        "notes": notes(runs, tables) + other_twins + other_bounds,
+        "other_twins": bool(other_twins),
+        "other_bounds": bool(other_bounds),
         "budgets": [budget_of(runs, budget, rows) for budget, rows in tables],
         "overview": overview(runs, tables),
         "examples": examples(runs, tables),
@@ -231,19 +237,37 @@ def sentence(runs: Runs, row: Row, verdict: Verdict) -> str:
         f"Mean Dice {own:.1f} % against {twin:.1f} % of the twin: {signed(mean, decimals)} points "
         f"over {plural(verdict.units, verdict.kind[:-1])}"
     )
+    few = few_draws(runs, row)
+    if few:
+        text += f" of {plural(few, 'draw')}"
     if not math.isnan(low):
         text += f", 95 % interval {signed(low, decimals)} to {signed(high, decimals)}"
+    both, either = runs.paired(row.done, DICE)
+    if both < either:
+        text += (
+            f". The difference is over the {both} of {either} scores (cases × classes × runs) that "
+            "both have; each mean is over all that its runs have"
+        )
     if verdict.units < statistics.MIN_UNITS:
         more = statistics.MIN_UNITS - verdict.units
         return f"{text}. A verdict needs at least {plural(more, verdict.kind[:-1])} more."
     if verdict.needed is None:
-        return f"{text}."
+        these = "this draw" if few == 1 else f"these {few} draws"
+        return f"{text}. It holds for {these} alone." if few else f"{text}."
     if math.isinf(verdict.needed):
         return f"{text}. More than {statistics.MOST_UNITS} {verdict.kind} would be needed to tell."
     return (
         f"{text}. About {verdict.needed:.0f} {verdict.kind} would tell, if mean and spread stay "
         "as they are."
     )
+
+
+def few_draws(runs: Runs, row: Row) -> int:
+    """Draws behind a verdict if they are too few to be its units, else 0."""
+    verdict = row.verdict
+    if not verdict or verdict.kind != "runs" or verdict.units < statistics.MIN_UNITS:
+        return 0
+    return int(runs.differences(row.done, DICE)["draw"].nunique())
 
 
 def forest(runs: Runs, rows: Sequence[Row], budget: str) -> Markup:
@@ -268,7 +292,7 @@ def value_cell(runs: Runs, row: Row, metric: Metric, name: str | None = None) ->
     decimals = METRICS[metric[0]][1]
     values = scale * np.array([runs.score(cell, metric, name) for cell in row.done])
     mean, sd, n = statistics.mean_sd(values)
-    texts = {"value": "–", "difference": "", "missing": ""}
+    texts = {"value": "–", "difference": "", "paired": "", "missing": ""}
     if n:
         texts["value"] = f"{mean:.{decimals}f}" + ("" if n == 1 else f" ± {sd:.{decimals}f}")
     if row.verdict:
@@ -276,6 +300,9 @@ def value_cell(runs: Runs, row: Row, metric: Metric, name: str | None = None) ->
         if len(units):
             change, low, high = (scale * v for v in statistics.t_interval(units))
             texts["difference"] = span(change, low, high, decimals)
+            both, either = runs.paired(row.done, metric, name)
+            if both < either:
+                texts["paired"] = f"over {both} of {either} in both"
     scores = runs.scores
     chosen = scores["cell"].isin([c["id"] for c in row.done])
     chosen &= (scores["metric"] == metric[0]) & (scores["unit"] == metric[1])
@@ -289,12 +316,12 @@ def value_cell(runs: Runs, row: Row, metric: Metric, name: str | None = None) ->
 
 def gap(runs: Runs, row: Row, rows: Sequence[Row]) -> str:
     """Share of the gap between twin and all-label bound that a trainer closes."""
-    bound = [runs.score(c, DICE) for r in rows if r.role == "bound" for c in r.done]
+    bounds = [c for r in rows if r.role == "bound" for c in r.done]
     pairs = runs.pairs(row.done)
-    if not bound or not pairs or not row.verdict:
+    if not bounds or not pairs or not row.verdict:
         return "–"
-    twin = np.nanmean([runs.score(pair[1], DICE) for pair in pairs])
-    share = statistics.gap_closed(row.verdict.mean, float(twin), float(np.nanmean(bound)))
+    gaps = [runs.difference(bound, twin, DICE) for bound in bounds for _, twin in pairs]
+    share = statistics.gap_closed(row.verdict.mean, float(pd.Series(gaps).mean()))
     return "–" if math.isnan(share) else f"{signed(100 * share, 0)} %"
 
 
@@ -302,7 +329,8 @@ def metric_name(runs: Runs, metric: Metric) -> dict[str, str]:
     """Name and unit of a metric."""
     name, unit = metric
     if name == "nsd":
-        tolerance = (runs.spec.get("evaluate") or {}).get("tolerance", 1)
+        # YAML takes 1e-1 for a text
+        tolerance = float((runs.spec.get("evaluate") or {}).get("tolerance", 1))
         return {"name": "NSD", "unit": f"%, within {tolerance:g} {unit}"}
     return {"name": METRICS[name][0], "unit": unit or "%"}
 
@@ -532,12 +560,25 @@ def notes(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) -> li
             f"{len(runs.waiting)} waiting."
         )
     if not runs.folds:
-        draws = {c["draw"] for c in runs.done}
-        if len(draws) == 1:
+        draws = len({c["draw"] for c in runs.done if c["role"] != "bound"})
+        if draws in range(1, statistics.MIN_DRAWS):
             found.append(
-                "One draw of annotated cases only: how much depends on which cases were annotated "
-                "is not known."
+                f"{'One draw' if draws == 1 else f'{draws} draws'} of annotated cases only: how "
+                "much depends on which cases were annotated is not known. A verdict holds for "
+                f"{'this draw' if draws == 1 else 'these draws'} alone."
             )
+        else:
+            few = [
+                f"{row.name} with {annotated(runs, budget)}"
+                for budget, rows in tables
+                for row in rows
+                if row.role == "method" and few_draws(runs, row)
+            ]
+            if few:
+                found.append(
+                    f"Fewer than {statistics.MIN_DRAWS} draws of annotated cases have finished of "
+                    f"{', '.join(few)}: a verdict holds for these draws alone."
+                )
     for budget, rows in tables:
         cells = [cell for row in rows for cell in row.done]
         for title, key in (
@@ -558,6 +599,73 @@ def notes(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) -> li
     if unknown:
         found.append(f"Classes that the data set does not name: {', '.join(unknown)}.")
     return found
+
+
+def twin_notes(runs: Runs) -> list[str]:
+    """Where the twin that a method stands beside is not the one that it declares."""
+    found: dict[tuple[str, str], list[str]] = {}
+    unknown = []
+    for cell, twin in runs.pairs([c for c in runs.done if c["role"] == "method"]):
+        try:
+            declared = settings_of(join(*twin_of(cell["trainer"])))
+            texts = differing(settings_of(twin["trainer"]), declared)
+        except UserError:
+            unknown.append(cell["name"])
+            continue
+        if texts:
+            found.setdefault(texts, []).append(cell["name"])
+    notes = [
+        f"The twin of {', '.join(dict.fromkeys(names))} has {used}, where the method's own twin "
+        f"has {declared}: the difference may come from that as well."
+        for (used, declared), names in found.items()
+    ]
+    if unknown:
+        notes.append(
+            f"Trainers or settings that are not known here: {', '.join(dict.fromkeys(unknown))}. "
+            "Whether the twin has the settings of the method's own twin cannot be told."
+        )
+    return notes
+
+
+def bound_notes(runs: Runs) -> list[str]:
+    """Where a twin is not the network that the bound is with fewer annotations."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for bound in dict.fromkeys(c["trainer"] for c in runs.done if c["role"] == "bound"):
+        for _, twin in runs.pairs(runs.done):
+            try:
+                texts = differing(settings_of(bound), settings_of(twin["trainer"]))
+            except UserError:
+                continue
+            if texts:
+                found.setdefault(texts, []).append(twin["name"])
+    return [
+        f"The bound has {used}, where the twin {', '.join(dict.fromkeys(names))} has {own}: the "
+        "gap between them comes from that as well."
+        for (used, own), names in found.items()
+    ]
+
+
+def settings_of(trainer: str) -> dict[str, Any]:
+    """A trainer, without its settings, and their values; the seed is left out.
+
+    Raises:
+        UserError: not known.
+    """
+    settings = resolve(trainer).settings()  # type: ignore[attr-defined]
+    values = {k: v for k, v in settings.items() if k != "seed"}
+    return {"trainer": trainer.split("+")[0], **values}
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> tuple[str, str] | None:
+    """What two trainers set differently, as each sets it; None if nothing."""
+    keys = [k for k in first if k in second and first[k] != second[k]]
+    if not keys:
+        return None
+
+    def told(values: dict[str, Any]) -> str:
+        return ", ".join(f"{k}={values[k]}" for k in keys)
+
+    return told(first), told(second)
 
 
 def settled(value: Any) -> str:

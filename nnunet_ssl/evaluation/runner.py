@@ -1,6 +1,7 @@
 """Runs the tasks of a folder: several at a time, each in a process of its own, with progress."""
 
 import csv
+import getpass
 import json
 import os
 import shlex
@@ -26,7 +27,10 @@ from nnunet_ssl.io import write_json, write_text
 from nnunet_ssl.naming import VARIABLE
 
 LOCK = ".lock"
+TASK_LOG = "task.log"
 POLL = 0.5  # seconds between two looks at the tasks
+ASK = 60  # seconds between two looks at Slurm's queue
+VANISHED = 300  # seconds that Slurm may not know a job; longer than shared file systems lag behind
 LAST_LINES = 15
 # what training tells, beside its seconds
 FACTS = ("peak_memory_mb", "patches_per_second", "patches", "commit", "versions", "hardware")
@@ -46,6 +50,9 @@ class Launcher(Protocol):
     def stop(self, handle: Any) -> None:
         """End it, since the runner ends."""
 
+    def log(self, folder: Path, handle: Any) -> Path:
+        """Return the file that holds what a task printed."""
+
 
 class LocalLauncher:
     """Tasks as processes of this machine, which end when the runner does, however it ends.
@@ -60,7 +67,7 @@ class LocalLauncher:
     def start(self, folder: Path) -> subprocess.Popen:
         """Start a task."""
         (folder / LOGS).mkdir(exist_ok=True)
-        with (folder / LOGS / "task.log").open("a", encoding="utf-8") as log:
+        with (folder / LOGS / TASK_LOG).open("a", encoding="utf-8") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", tasks.__name__, str(folder)],
                 # not the current folder: in a checkout it hides the installed package
@@ -82,6 +89,10 @@ class LocalLauncher:
         """End a task and all that it started."""
         self._end_group(process)
         process.wait()
+
+    def log(self, folder: Path, process: subprocess.Popen) -> Path:
+        """Return the file that holds what a task printed."""
+        return folder / LOGS / TASK_LOG
 
     def _end_group(self, process: subprocess.Popen) -> None:
         with suppress(ProcessLookupError, PermissionError):  # macOS: the latter for ended groups
@@ -107,6 +118,9 @@ class SubmititLauncher:
                 "--launcher slurm needs submitit. Run: pip install 'nnunet-ssl[slurm]'"
             ) from error
         self.folder = folder / "%j"
+        self.known: dict[str, float] = {}  # id of a job -> when Slurm last knew it
+        self.asked: float | None = None  # when the queue was looked at
+        self.queue: set[str] | None = None
         self.job_class = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
         try:
             self.executor = submitit.AutoExecutor(
@@ -129,18 +143,49 @@ class SubmititLauncher:
         note = folder / "job.txt"
         if note.is_file():
             job = self.job_class(self.folder, note.read_text(encoding="utf-8").strip())
-            if not job.done():
+            if not job.done() and not self._is_unknown(job):
                 return job
         job = self.executor.submit(ClusterTask(folder))
         write_text(job.job_id, note)
         return job
 
     def ended(self, job: Any) -> bool:
-        """Tell whether a job has ended."""
-        return job.done()
+        """Tell whether a job has ended, or Slurm has not known it for some minutes.
+
+        To submitit, one that has vanished (killed, and not in the accounting) runs for ever.
+        """
+        if job.done():
+            return True
+        now = time.monotonic()
+        if not self._is_unknown(job):
+            self.known[job.job_id] = now
+        return now - self.known.setdefault(job.job_id, now) > VANISHED
 
     def stop(self, job: Any) -> None:
         """Let it go on."""
+
+    def log(self, folder: Path, job: Any) -> Path:
+        """Return the file that holds what a job printed."""
+        return job.paths.stderr
+
+    def _is_unknown(self, job: Any) -> bool:
+        """Tell whether neither the accounting nor the queue knows a job without result."""
+        if job.state.upper() not in ("UNKNOWN", "PREEMPTED"):
+            return False
+        now = time.monotonic()
+        if self.asked is None or now - self.asked > ASK:
+            self.asked, self.queue = now, queued_jobs()
+        return self.queue is not None and job.job_id not in self.queue
+
+
+def queued_jobs() -> set[str] | None:
+    """Return the ids of the user's jobs that wait or run in Slurm; None if it does not answer."""
+    command = ["squeue", "--noheader", "--format=%A", f"--user={getpass.getuser()}"]
+    try:
+        told = subprocess.run(command, capture_output=True, check=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return set(told.stdout.split())
 
 
 class ClusterTask:
@@ -150,8 +195,8 @@ class ClusterTask:
         self.folder = folder
 
     def __call__(self) -> int:
-        """Run the task."""
-        return tasks.run_task(self.folder)
+        """Run the task, on the CPUs of its job."""
+        return tasks.run_task(self.folder, alone=True)
 
     def checkpoint(self) -> Any:
         """Return what to queue again."""
@@ -188,15 +233,14 @@ def write_task(folder: Path, task: Mapping[str, Any]) -> None:
 
 
 def environment(folders: Mapping[str, Path], workers: int) -> dict[str, str]:
-    """Variables of the commands: nnU-Net's folders, and processes that the workers share."""
-    cores = os.cpu_count() or 1
-    processes = {
-        "nnUNet_n_proc_DA": max(2, min(12, cores // workers)),
-        "nnUNet_def_n_proc": min(8, cores),
-    }
+    """Variables of the commands: nnU-Net's folders, and numbers of processes that the user set.
+
+    A task works out the other numbers where it runs, from `workers` and the CPUs there.
+    """
     return {
         **{name: str(path) for name, path in folders.items()},
-        **{name: os.environ.get(name, str(number)) for name, number in processes.items()},
+        **{name: os.environ[name] for name in tasks.PROCESSES if name in os.environ},
+        tasks.WORKERS: str(workers),
         VARIABLE: trainer_path(),
         "PYTHONUNBUFFERED": "1",
     }
@@ -294,7 +338,7 @@ def run_tasks(
                     tell_stages(folder, told[folder])
                     if over:
                         del running[folder]
-                        close(folder)
+                        close(folder, launcher.log(folder, handle))
                         ended += folder in cells
                         changed()
                 bar.n = ended + sum(progress(f) for f in running if f in cells)
@@ -318,16 +362,22 @@ def fail(folder: Path, error: str) -> None:
     write_json({**read_state(folder), "error": error}, folder / STATE)
 
 
-def close(folder: Path) -> None:
-    """Look at a task that has ended; tell its error."""
+def close(folder: Path, log: Path) -> None:
+    """Look at a task that has ended; tell its error.
+
+    Args:
+        folder: of the task.
+        log: what it printed.
+    """
     state = read_state(folder)
     if is_done(folder):
         return
     if not state["error"]:  # it could not even say so itself
-        log = folder / LOGS / "task.log"
-        last = log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
-        reason = "It was ended from outside, most likely for lack of memory or time."
-        fail(folder, "\n".join([reason, *last]))
+        lines = ["It was ended from outside, most likely for lack of memory or time."]
+        if log.is_file():
+            lines += [f"Its last lines in {log}:"]
+            lines += log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        fail(folder, "\n".join(lines))
         state = read_state(folder)
     tqdm.write(f"{folder.name}: FAILED, {state['error']}\n  logs: {folder / LOGS}")
 

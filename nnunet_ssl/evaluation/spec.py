@@ -411,12 +411,14 @@ def check_trainers(spec: Spec) -> None:
             raise spec.error("twin", str(error)) from error
         if shared.uses_unlabeled:
             raise spec.error("twin", f"{spec.twin} uses unlabelled scans. Name a supervised one.")
+        refuse_seed(spec, "twin", spec.twin)
     for trainer in spec.trainers:
         try:
             cls: Any = resolve(trainer)
             twin: Any = resolve(twin_name(trainer, spec.twin))
         except UserError as error:
             raise spec.error("trainers", str(error)) from error
+        refuse_seed(spec, "trainers", trainer)
         for key, value in spec.settings.items():
             full = f"settings.{key}"
             if key == "seed":
@@ -427,6 +429,14 @@ def check_trainers(spec: Spec) -> None:
                 except UserError as error:
                     fix = f"Settings of one trainer go into its name: {trainer}+{key}={value}."
                     raise spec.error(full, f"{error} {fix}") from error
+
+
+def refuse_seed(spec: Spec, key: str, trainer: str) -> None:
+    """Raise UserError if a trainer's name sets the seed, which all cells get from `seeds`."""
+    for pair in trainer.split("+")[1:]:
+        if pair.startswith("seed="):
+            seed = pair.removeprefix("seed=")
+            raise spec.error(key, f"{trainer}: the seed belongs under seeds: [{seed}].")
 
 
 def twin_name(trainer: str, shared: str | None = None) -> str:

@@ -28,8 +28,8 @@ UnitKind = Literal["draws", "runs", "folds"]
 
 RULE = [
     "The unit is one paired difference: mean foreground Dice of a run minus that of its twin, the "
-    "same network trained in the same way on the annotated scans alone, with the same budget, draw "
-    "and seed (the same fold in a cross-validation).",
+    "same network trained on the annotated scans alone, with the same budget, draw and seed (the "
+    "same fold in a cross-validation). It is over the cases and classes that both have a score of.",
     f"With {MIN_DRAWS} or more draws of annotated cases, the seeds of a draw are averaged and the "
     "draws are the units. With fewer draws each run is a unit, and the verdict holds for these "
     "draws alone. Cases are never units.",
@@ -145,10 +145,9 @@ def mean_sd(values: Sequence[float] | np.ndarray) -> tuple[float, float, int]:
     return float(x.mean()), (float(x.std(ddof=1)) if len(x) > 1 else math.nan), len(x)
 
 
-def gap_closed(gain: float, twin: float, bound: float) -> float:
-    """Share of the gap between twin and all-label bound that the gain closes; 1 = the bound.
+def gap_closed(gain: float, gap: float) -> float:
+    """Share of the gap from twin to all-label bound that the gain closes; 1 = the bound.
 
     NaN where the bound is not above the twin: there is no gap to close.
     """
-    gap = bound - twin
     return gain / gap if gap > 0 else math.nan

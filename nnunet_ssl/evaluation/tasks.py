@@ -18,20 +18,26 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 import nnunet_ssl
 from nnunet_ssl.commands import EPOCH_ENDS, run_command
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.io import atomic_path, write_json, write_text
+from nnunet_ssl.planning.workers import available_cpus
 from nnunet_ssl.two_stages import FINAL
 
 TASK, STATE, LOGS = "task.json", "state.json", "logs"
+CHECKPOINTS = "checkpoint_*.pth"
+MOST_SCORERS = 8  # processes that score the cases of a task; each holds a case
+PROCESSES = ("nnUNet_n_proc_DA", "nnUNet_def_n_proc")  # nnU-Net's variables: loading, the rest
+WORKERS = "NNUNET_SSL_WORKERS"  # variable: tasks that share the CPUs of a machine
 PACKAGES = ("nnunet-ssl", "nnunetv2", "torch", "numpy", "batchgeneratorsv2")
 
 
@@ -60,8 +66,12 @@ def is_done(folder: Path) -> bool:
     return set(stages_of(read_task(folder))) <= set(read_state(folder)["stages"])
 
 
-def run_task(folder: Path) -> int:
+def run_task(folder: Path, *, alone: bool = False) -> int:
     """Do the stages of a task that are not done yet.
+
+    Args:
+        folder: of the task.
+        alone: it shares its CPUs with no other task, whatever its environment says.
 
     Returns:
         0, or 1 if a stage failed; state.json then holds its error.
@@ -70,7 +80,8 @@ def run_task(folder: Path) -> int:
     (folder / LOGS).mkdir(exist_ok=True)
     with FileLock(folder / ".lock"):  # a task of an earlier runner may still be at work
         task, state = read_task(folder), read_state(folder)
-        os.environ.update(task["environment"])
+        os.environ.update(task["environment"] | ({WORKERS: "1"} if alone else {}))
+        os.environ.update(processes_of_nnunet(besides=task["environment"]))
         for stage in stages_of(task):
             if stage in state["stages"]:
                 continue
@@ -90,6 +101,18 @@ def run_task(folder: Path) -> int:
     return 0
 
 
+def own_cpus() -> int:
+    """Return the CPUs of a task: those that it may use here, shared by the tasks beside it."""
+    return max(1, available_cpus() // int(os.environ.get(WORKERS, "1")))
+
+
+def processes_of_nnunet(besides: Container[str]) -> dict[str, str]:
+    """Return the variables that tell nnU-Net how many processes to start, but those set already."""
+    numbers = (max(2, min(12, own_cpus())), min(8, available_cpus()))
+    processes = dict(zip(PROCESSES, map(str, numbers), strict=True))
+    return {name: number for name, number in processes.items() if name not in besides}
+
+
 # --- stages of a data set -------------------------------------------------------------------------
 
 
@@ -100,6 +123,9 @@ def split(task: dict, folder: Path) -> None:
     options = task["split"]
     for root in options["inside"]:  # what an interrupted attempt left
         shutil.rmtree(root, ignore_errors=True)
+    for root in result_folders(options):  # and trainings on it that ended before a checkpoint
+        if not any(root.rglob(CHECKPOINTS)):
+            shutil.rmtree(root, ignore_errors=True)
     order = folder / "cases.txt"
     write_text("\n".join([*options["labeled"], *options["unlabeled"]]) + "\n", order)
     made = split_dataset(
@@ -112,12 +138,24 @@ def split(task: dict, folder: Path) -> None:
     assert str(made) == options["inside"][0], made
 
 
+def result_folders(options: Mapping[str, Any]) -> list[Path]:
+    """Return the folders that hold trainings on a data set.
+
+    Args:
+        options: of the split.
+    """
+    results, name = Path(options["results"]), Path(options["inside"][0]).name
+    return [p for p in (results / name, *results.glob(f"seed*/{name}")) if p.is_dir()]
+
+
 def plan(task: dict, folder: Path) -> dict:
     """Plan and preprocess; write plans of a small network beside the planned ones if asked for."""
     from nnunet_ssl.planning.small import shrink_plans
 
     options = task["plan"]
-    run_stage(options["command"], folder, "plan")
+    processes = str(min(4, own_cpus()))
+    command = [*options["command"], "-np", processes, "-npfp", processes]
+    run_stage(command, folder, "plan")
     small = options["small"]
     if small:
         base = Path(options["preprocessed"])
@@ -134,7 +172,7 @@ def plan(task: dict, folder: Path) -> dict:
         except ValueError as error:
             raise UserError(f"The plans of the spec do not fit: {error}.") from error
         write_json({**made, "plans_name": options["plans"]}, base / f"{options['plans']}.json")
-    return {"commands": [options["command"]]}
+    return {"commands": [command]}
 
 
 # --- stages of a cell -----------------------------------------------------------------------------
@@ -150,15 +188,39 @@ def train(task: dict, folder: Path) -> dict:
         weights.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{first['model']}.lock"):  # cells may share it
             if not weights.is_file():
-                begun = any(weights.parent.glob("checkpoint_*.pth"))
+                begun = any(weights.parent.glob(CHECKPOINTS))
                 run_stage(first["command"] + ["--c"] * begun, folder, "pretrain")
         commands.insert(0, first["command"])
-    if any(Path(options["model"]).glob("checkpoint_*.pth")):
-        command.append("--c")
-    elif first:
-        command += ["-pretrained_weights", str(weights)]
-    run_stage(command, folder, "train")
+    model = Path(options["model"])
+    with claimed(model):
+        if any(model.glob(CHECKPOINTS)):
+            command.append("--c")
+        elif first:
+            command += ["-pretrained_weights", str(weights)]
+        run_stage(command, folder, "train")
     return {"commands": commands, "commit": started_at, **training_facts(task, folder)}
+
+
+@contextmanager
+def claimed(model: Path) -> Iterator[None]:
+    """Keep other tasks from training into the folder of a model.
+
+    Raises:
+        UserError: one does, as `compare` may with another folder of its own.
+    """
+    model.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{model}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"Another runner trains {model}. Wait for its end; the same command then goes on with "
+            f"what it left."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def training_facts(task: dict, folder: Path) -> dict:
@@ -193,9 +255,15 @@ def batch_size(options: dict) -> int:
 
 def predict(task: dict, folder: Path) -> dict:
     """Segment the test cases with the final checkpoint."""
-    command = task["predict"]["command"]
+    command = with_exporters(task["predict"]["command"])
     run_stage(command, folder, "predict")
     return {"commands": [command]}
+
+
+def with_exporters(command: Sequence[str]) -> list[str]:
+    """Add to a prediction how many processes read and write."""
+    processes = str(max(1, min(3, own_cpus() // 2)))
+    return [*command, "-npp", processes, "-nps", processes]
 
 
 def evaluate(task: dict, folder: Path) -> None:
@@ -215,7 +283,7 @@ def score(options: dict, output: Path) -> None:
         units=options["units"],
         tolerance=options["tolerance"],
         circumference=options.get("circumference", ()),
-        processes=options["processes"],
+        processes=min(MOST_SCORERS, own_cpus()),
         quiet=True,
     )
 
@@ -223,8 +291,10 @@ def score(options: dict, output: Path) -> None:
 def pseudo_labels(task: dict, folder: Path) -> dict:
     """Score the deployed network on scans without masks, at some moments of training."""
     rows = []
+    commands = []
     for moment in task["pseudo_labels"]["moments"]:
-        run_stage(moment["command"], folder, "pseudo_labels")
+        commands.append(with_exporters(moment["command"]))
+        run_stage(commands[-1], folder, "pseudo_labels")
         output = folder / "pseudo_labels" / f"evaluation_{100 * moment['progress']:g}"
         score({**task["evaluate"], **moment["evaluate"]}, output)
         with (output / "cases.csv").open(encoding="utf-8", newline="") as file:
@@ -234,7 +304,7 @@ def pseudo_labels(task: dict, folder: Path) -> dict:
                 if row["metric"] == "dice"
             ]
     write_csv(["progress", "case", "class", "metric", "value"], rows, folder / "pseudo_labels.csv")
-    return {"commands": [moment["command"] for moment in task["pseudo_labels"]["moments"]]}
+    return {"commands": commands}
 
 
 def label(task: dict, folder: Path) -> dict:

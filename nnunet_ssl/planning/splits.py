@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
@@ -24,26 +25,85 @@ from nnunet_ssl.planning.raw import (
 )
 
 SPLITS_FILE = "splits_final.json"
+RECORDS = ("conversion.json", "split.json")
+FOLDS = 5
+SEED = 12345  # nnU-Net's, for its folds
 Splits = list[dict[str, list[str]]]
 
 
-def make_splits(labeled: Iterable[str]) -> Splits:
+@dataclass(frozen=True)
+class Record:
+    """What conversion.json or split.json, beside dataset.json, tells of the cases.
+
+    Attributes:
+        path: the file.
+        groups: case -> group (patient), test cases included; empty if it tells none.
+        order: training cases in their order; empty if it tells none.
+    """
+
+    path: Path
+    groups: dict[str, str]
+    order: list[str]
+
+
+def read_record(raw_folder: Path) -> Record | None:
+    """Read what the data set was made with; None if nothing tells groups or an order.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    for name in RECORDS:
+        path = Path(raw_folder) / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"Cannot read {path}, which tells whose cases belong together: {error}. Make the "
+                f"data set again, or delete the file: each case is a patient of its own then."
+            ) from error
+        told = content if isinstance(content, dict) else {}  # else not ours
+        groups, order = told.get("groups"), told.get("order")
+        groups = {c: str(g) for c, g in groups.items()} if isinstance(groups, dict) else {}
+        order = [str(c) for c in order] if isinstance(order, list) else []
+        if groups or order:
+            return Record(path, groups, order)
+    return None
+
+
+def groups_of(cases: Iterable[str], record: Record | None) -> dict[str, str]:
+    """Return the group of each case: the recorded one, else its own name."""
+    return {c: record.groups.get(c, c) if record else c for c in cases}
+
+
+def make_splits(labeled: Iterable[str], groups: Mapping[str, str] | None = None) -> Splits:
     """Split annotated cases into folds.
 
     Args:
         labeled: names of the annotated cases, at least one.
+        groups: case -> group, for every case; None: each case is its own.
 
     Returns:
-        From 5 cases on nnU-Net's own five folds; 2-4 cases: one fold per case, which validates on
-        it; 1 case: one fold that trains and validates on it.
+        Folds with no group on both sides. From 5 groups on five folds: nnU-Net's own if each case
+        is its own group, else with as equal numbers of validation cases as whole groups allow.
+        2-4 groups: one fold per group, which validates on it; 1 group: one fold that trains and
+        validates on it.
     """
     names = sorted(labeled)
-    if len(names) >= 5:
-        splits = generate_crossval_split(names, seed=12345, n_splits=5)
-        return [{k: [str(c) for c in fold[k]] for k in ("train", "val")} for fold in splits]
-    if len(names) == 1:
+    members = list(members_of(names, groups).values())
+    if len(members) == 1:
         return [{"train": names, "val": names}]
-    return [{"train": [c for c in names if c != val], "val": [val]} for val in names]
+    if FOLDS <= len(members) == len(names):
+        splits = generate_crossval_split(names, seed=SEED, n_splits=FOLDS)
+        return [{k: [str(c) for c in fold[k]] for k in ("train", "val")} for fold in splits]
+    folds = members
+    if len(members) > FOLDS:
+        random.Random(SEED).shuffle(members)
+        folds = [[] for _ in range(FOLDS)]
+        for group in sorted(members, key=len, reverse=True):
+            min(folds, key=len).extend(group)
+    return [{"train": [c for c in names if c not in val], "val": sorted(val)} for val in folds]
 
 
 def read_splits(
@@ -86,20 +146,32 @@ def read_splits(
     return splits
 
 
-def ensure_splits(raw_folder: Path, preprocessed_folder: Path, labeled: Sequence[str]) -> Splits:
+def ensure_splits(
+    raw_folder: Path, preprocessed_folder: Path, labeled: Sequence[str], for_scores: bool = False
+) -> Splits:
     """Keep valid splits, make missing ones, and write them into both folders.
 
     nnU-Net's planner copies the raw file into the preprocessed folder, and its trainer crashes on
     fewer than five cases where there is none. A raw folder that cannot be written to is left out.
+    New folds keep the groups of conversion.json or split.json whole. Old ones that part a group
+    are kept, since models may have been trained on them, with a warning.
+
+    Args:
+        raw_folder: of the data set.
+        preprocessed_folder: of the data set; made if missing.
+        labeled: names of the annotated cases.
+        for_scores: the folds will be compared by their scores: refuse those that part a group or
+            validate on a training case.
 
     Raises:
-        UserError: as `read_splits`; preprocessed folder not writable.
+        UserError: as `read_splits` and `read_record`; preprocessed folder not writable; refused.
     """
+    record = read_record(raw_folder)
+    groups = groups_of(labeled, record)
     splits = read_splits(raw_folder, preprocessed_folder, labeled)
     if splits is None:
-        splits = make_splits(labeled)
-        if len(labeled) == 1:
-            print(f"One annotated case ({labeled[0]}): fold 0 validates on its training case.")
+        splits = make_splits(labeled, groups)
+        _tell_new_folds(groups, record)
     Path(preprocessed_folder).mkdir(parents=True, exist_ok=True)
     for folder in (Path(preprocessed_folder), Path(raw_folder)):
         if (folder / SPLITS_FILE).is_file():
@@ -110,7 +182,60 @@ def ensure_splits(raw_folder: Path, preprocessed_folder: Path, labeled: Sequence
             if folder == Path(preprocessed_folder):
                 raise
             print(f"NOTE: {error} The splits are in {preprocessed_folder} only.")
+    parted = _parted(splits, groups)
+    if parted and (for_scores or _shared(groups)):
+        files = [Path(f) / SPLITS_FILE for f in (preprocessed_folder, raw_folder)]
+        found = [str(path) for path in files if path.is_file()]
+        group, how = next(iter(parted.items()))
+        text = (
+            f"{found[0]} parts {len(parted)} group(s) (patients): {how}, both of {group}. Such "
+            f"folds score too high. Delete {' and '.join(found)} and run the same command again "
+            f"for new folds, which have to be trained anew; fold all is not concerned."
+        )
+        if for_scores:
+            raise UserError(text)
+        print(f"WARNING: {text}")
     return splits
+
+
+def _shared(groups: Mapping[str, str]) -> bool:
+    """Tell whether a group has several cases."""
+    return len(set(groups.values())) < len(groups)
+
+
+def _tell_new_folds(groups: Mapping[str, str], record: Record | None) -> None:
+    number = len(set(groups.values()))
+    if len(groups) == 1:
+        print(f"One annotated case ({next(iter(groups))}): fold 0 validates on its training case.")
+    elif record and number == 1:
+        print(
+            f"All {len(groups)} annotated cases are of group {next(iter(groups.values()))} "
+            f"({record.path}): fold 0 validates on its training cases."
+        )
+    elif record and _shared(groups):
+        print(f"Folds keep the {number} groups (patients) of {record.path} whole.")
+        _tell_unknown(groups, record)
+
+
+def _tell_unknown(cases: Iterable[str], record: Record) -> None:
+    unknown = [c for c in cases if c not in record.groups]
+    if unknown:
+        print(
+            f"NOTE: {record.path} tells no group of {len(unknown)} case(s), so each is its own: "
+            f"{', '.join(unknown[:MAX_LISTED])}. If that is wrong, add them to its groups."
+        )
+
+
+def _parted(splits: Splits, groups: Mapping[str, str]) -> dict[str, str]:
+    """Return the groups that a fold has on both sides -> how; none if there is but one group."""
+    parted: dict[str, str] = {}
+    for number, fold in enumerate(splits if len(set(groups.values())) > 1 else []):
+        trained = {groups[case]: case for case in fold["train"]}
+        for case in fold["val"]:
+            if groups[case] in trained:
+                how = f"fold {number} trains on {trained[groups[case]]} and validates on {case}"
+                parted.setdefault(groups[case], how)
+    return parted
 
 
 def _parse_splits(path: Path) -> Splits:
@@ -136,6 +261,7 @@ def split_dataset(
     list_file: Path | None = None,
     test: int | Path | None = None,
     groups: Mapping[str, str] | None = None,
+    follow_record: bool = False,
     hidden_folder: Path | None = None,
     copy: bool = False,
     name: str | None = None,
@@ -156,7 +282,9 @@ def split_dataset(
         list_file: one case per line; empty lines and `#` comments do not count.
         test: test cases, as a number of cases (groups; the last ones of the order) or a file like
             `list_file`.
-        groups: case -> group, for every case of the order.
+        groups: case -> group, for every case of the order and every test case.
+        follow_record: take an order or groups that are not given from the conversion.json or
+            split.json of the source, and say so.
         hidden_folder: where test cases and hidden masks go, outside every nnU-Net folder; default
             `<parent of nnUNet_raw>/nnunet_ssl_heldout/<new name>`.
         copy: copy files instead of linking to them.
@@ -176,6 +304,26 @@ def split_dataset(
     check_id_free(new_id)
 
     order = read_case_list(list_file, raw) if list_file else sorted(raw.labeled)
+    order_name = str(list_file) if list_file else "by name"
+    record = read_record(source_folder) if follow_record else None
+    if record:
+        recorded = [case for case in record.order if case in raw.labeled]
+        if recorded and not list_file:
+            order, order_name = recorded, record.path.name
+            print(f"Order of the cases: that of {record.path}.")
+            if len(order) < len(raw.labeled):
+                print(
+                    f"NOTE: it lacks {len(raw.labeled) - len(order)} case(s) of imagesTr, which "
+                    f"are left out. Give an order with --list to use them."
+                )
+        known = groups_of(raw.labeled, record)
+        if groups is None and _shared(known):
+            groups = known
+            print(
+                f"Groups (patients): those of {record.path}; numbers count the "
+                f"{len(members_of(order, groups))} groups, which stay whole."
+            )
+            _tell_unknown(order, record)
     chosen = read_case_list(test, raw) if isinstance(test, Path) else test or 0
     rest, test_cases = take_test(order, chosen, groups)
     keep, hide = draw_labeled(rest, labeled, draw, groups)
@@ -195,7 +343,7 @@ def split_dataset(
     unused = sorted(set(raw.labeled) - {*keep, *hide, *test_cases})
     provenance = {
         "source": source_folder.name,
-        "order": str(list_file) if list_file else "by name",
+        "order": order_name,
         "draw": draw,
         "heldout": str(hidden),
         "labeled": keep,
@@ -266,12 +414,13 @@ def take_test(
     Args:
         order: case names.
         test: number of cases (groups) at the end of the order, or names, also of cases outside it.
-        groups: case -> group, for every case of the order.
+        groups: case -> group, for every case of the order and every test case.
 
     Raises:
         UserError: number too large, a case without group, or a group on both sides.
     """
-    members = members_of(order, groups)
+    named = [] if isinstance(test, int) else test
+    members = members_of(list(dict.fromkeys([*order, *named])), groups)
     what = "groups" if groups else "cases"
     if isinstance(test, int):
         if not 0 <= test < len(members):
@@ -287,9 +436,9 @@ def take_test(
     for group, cases in members.items():
         inside = [c for c in cases if c in tested]
         if inside and len(inside) < len(cases):
-            outside = next(c for c in cases if c not in tested)
+            other = next(c for c in cases if c not in tested)
             raise UserError(
-                f"The test cases part group {group}: {inside[0]} is one, {outside} is not. Take "
+                f"The test cases part group {group}: {inside[0]} is one, {other} is not. Take "
                 f"both or none."
             )
     return [c for c in order if c not in tested], chosen

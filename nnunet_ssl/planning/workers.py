@@ -57,14 +57,23 @@ class Workers:
         except BrokenProcessPool as error:
             raise UserError(
                 f"A worker process died ({description}), most likely for lack of memory. Run the "
-                f"same command again with fewer processes than {self.num_processes}: -np N"
+                f"same command again with fewer processes than {self.num_processes}: -np N. A "
+                f"command without -np takes fewer if it may use fewer CPUs: taskset -c 0 COMMAND"
             ) from error
         return [future.result() for future in futures]
 
 
+def available_cpus() -> int:
+    """Return how many CPUs this process may use: those of its job, not all of the machine."""
+    cpus = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cpus = min(cpus, len(os.sched_getaffinity(0)))
+    return cpus
+
+
 def processes_for(cases: int) -> int:
     """Return processes for some cases: starting one takes as long as reading ten small ones."""
-    return max(1, min(4, os.cpu_count() or 1, cases // 10))
+    return max(1, min(4, available_cpus(), cases // 10))
 
 
 def _end_with_parent() -> None:

@@ -146,3 +146,7 @@ class InProcess:
 
     def stop(self, handle):
         """Nothing is left."""
+
+    def log(self, folder, handle):
+        """What it printed, were it a process."""
+        return folder / "logs" / "task.log"

@@ -11,8 +11,11 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import SimpleITK as sitk
+from filelock import FileLock
 from make_data import make_raw_dataset
 
 from nnunet_ssl.errors import UserError
@@ -360,6 +363,72 @@ def test_changed_spec_is_refused_once_a_cell_has_begun(place, commands, run):
     assert runs(place)["about"] == "Another sentence."
 
 
+def test_plans_may_change_after_a_training_that_left_no_checkpoint(place, commands, run):
+    """Out of memory, then smaller plans."""
+    commands.broken = "nnUNetv2_train"
+    more = "also: [stock]\n"
+    assert run(more=more, only=["draw0"]) == 1
+    results = place / "out" / "nnUNet_results"
+    for model in list(results.glob("Dataset*/*")) + list(results.glob("seed1/Dataset*/*")):
+        (model / "fold_all").mkdir(exist_ok=True)
+        (model / "fold_all" / "training_log.txt").write_text("out of memory")
+    (results / "Dataset001_Toy_2labeled" / "Other__Plans__2d").mkdir(parents=True, exist_ok=True)
+    commands.broken = None
+    assert run("batch: 2", "batch: 3", more, only=["draw0"]) == 0
+    assert not (results / "Dataset001_Toy_2labeled" / "Other__Plans__2d").exists()
+    assert {c["state"] for c in runs(place)["cells"][:3]} == {"done"}
+
+
+def test_a_folder_that_an_earlier_training_without_checkpoint_blocks(place, commands, run):
+    commands.broken = "plan_and_preprocess"
+    assert run() == 1
+    (place / "out/nnUNet_results/Dataset001_Toy_2labeled/SSLTrainer").mkdir(parents=True)
+    state = place / "out/datasets/Toy_2labeled/state.json"
+    state.unlink()  # made anew with other plans, which the folder above forbade
+    commands.broken = None
+    assert run() == 0
+
+
+def test_plans_may_not_change_after_a_pretraining(place, commands):
+    def start(batch):
+        os.environ["nnUNet_raw"] = str(place / "source")
+        text = SPEC.replace("[SSLTrainer]", "[SSLTrainerSPCL]").replace("batch: 2", batch)
+        (place / "toy.yaml").write_text(text)
+        return run_benchmark(place / "toy.yaml", place / "out", only=["draw0_seed1_SSLTrainerSPCL"])
+
+    commands.broken = "-tr SSLTrainerSPCL+"
+    assert start("batch: 2") == 1
+    (pretrained,) = (place / "out").rglob("checkpoint_final.pth")
+    before = tree(place / "out")
+    refused = (
+        r"SSLTrainerSPCLPretrain.*fold_all holds a training on Toy_2labeled, which was made with "
+        r"another spec: plans was .*2.*, now it is .*3.* -o, put plans back, or remove .*fold_all"
+    )
+    with pytest.raises(UserError, match=refused):
+        start("batch: 3")
+    assert tree(place / "out") == before
+    commands.broken = None
+    shutil.rmtree(pretrained.parent)
+    assert start("batch: 3") == 0
+
+
+def test_two_runners_do_not_train_one_model(place, commands, run):
+    commands.broken = "nnUNetv2_train"
+    run(only=["draw0"])
+    commands.broken = None
+    (cell,) = (place / "out/cells").glob("2labeled_draw0*Supervised*")
+    model = Path(tasks.read_task(cell)["train"]["model"])
+    model.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{model}.lock"):
+        assert run(only=["draw0"]) == 1
+    failed = [c["error"] for c in runs(place)["cells"] if c["state"] == "failed"]
+    assert failed == [
+        f"train: Another runner trains {model}. Wait for its end; the same command then goes on "
+        f"with what it left."
+    ]
+    assert run(only=["draw0"]) == 0
+
+
 def test_only_and_dry_run(place, commands, run, capsys):
     assert run(dry_run=True) == 0
     assert not (place / "out").exists() and not commands.ran
@@ -390,6 +459,46 @@ def test_a_test_image_among_training_images(place, commands, run):
     assert not commands.ran and not (place / "out" / "cells").exists()
     make_raw_dataset(place / "source", num_labeled=8, num_unlabeled=0, shape=(2, 16, 16))
     assert run() == 0  # changed files are read again
+
+
+def test_test_masks_that_do_not_fit_their_images(place, commands, run, monkeypatch):
+    masks = place / "source" / "Dataset901_Toy" / "labelsTr"
+    good = {n: (masks / f"tr_00{n}.nii.gz").read_bytes() for n in (5, 6, 7)}
+    for number in (5, 6):  # the former is a training case
+        mask = sitk.ReadImage(str(masks / f"tr_00{number}.nii.gz"))
+        mask.SetOrigin((0, 0, 3.5))
+        sitk.WriteImage(mask, str(masks / f"tr_00{number}.nii.gz"))
+    mask = sitk.ReadImage(str(masks / "tr_007.nii.gz"))
+    sitk.WriteImage(sitk.Cast(mask > 0, sitk.sitkUInt8) * 9, str(masks / "tr_007.nii.gz"))
+    refused = (
+        r"labelsTr/tr_006.nii.gz has origin \(0, 0, 3.5\), but .*imagesTr/tr_006_0000.nii.gz has "
+        r"\(0, 0, 0\). Correct the header, or resample the mask to the grid of the image.\n"
+        r".*labelsTr/tr_007.nii.gz holds the value\(s\) 9, outside the set 0, 1, 2 .*dataset.json"
+    )
+    with pytest.raises(UserError, match=refused) as told:
+        run()
+    assert "tr_005" not in str(told.value)
+    assert not commands.ran and not (place / "out" / "cells").exists()
+    for number, content in good.items():
+        (masks / f"tr_00{number}.nii.gz").write_bytes(content)
+    assert run() == 0
+
+    monkeypatch.setattr(benchmark.evaluate, "check_annotations", None)
+    monkeypatch.setattr(benchmark, "inspect_case", None)
+    assert run() == 0  # nothing is read twice
+
+
+def test_masks_of_test_folders_are_checked(place, commands, run):
+    make_raw_dataset(
+        place / "other" / "raw", num_test=2, num_unlabeled=0, shape=(2, 16, 16), seed=5
+    )
+    path = place / "other" / "heldout" / "labelsTs" / "ts_001.nii.gz"
+    mask = sitk.ReadImage(str(path))
+    mask.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    sitk.WriteImage(mask, str(path))
+    with pytest.raises(UserError, match=r"labelsTs/ts_001.nii.gz has direction \(-1, 0, 0, 0, -1"):
+        run("last: 2", "images: other/heldout/imagesTs\n  labels: other/heldout/labelsTs")
+    assert not commands.ran
 
 
 def test_a_second_runner(place, commands, run):
@@ -571,6 +680,129 @@ def test_jobs_of_submitit(place, programs, run, monkeypatch):
         / "2labeled_draw0_seed1_SSLTrainerSupervised+labeled_mix=auto"
         / "job.txt"
     ).is_file()
+
+
+@pytest.fixture
+def slurm(place, monkeypatch):
+    """Slurm's programs, which tell what the returned folder holds: queue and accounting."""
+    told, scripts = place / "slurm", place / "slurm_bin"
+    told.mkdir()
+    scripts.mkdir()
+    programs = {
+        "srun": "",
+        "sbatch": f"echo x >> {told}/jobs; echo Submitted batch job 70$(wc -l < {told}/jobs)",
+        "squeue": f"echo x >> {told}/asked; cat {told}/queue",
+        "sacct": f"echo 'JobID|State|NodeList'; cat {told}/accounting",
+    }
+    for name, program in programs.items():
+        (scripts / name).write_text(f"#!/bin/sh\n{program}\n")
+        (scripts / name).chmod(0o755)
+    (told / "queue").touch()
+    (told / "accounting").touch()
+    monkeypatch.setenv("PATH", f"{scripts}{os.pathsep}{os.environ['PATH']}")
+    return told
+
+
+@pytest.fixture
+def task(place):
+    """Folder of a task that does nothing."""
+    folder = place / "task"
+    runner.write_task(folder, {"environment": {}, "evaluate": {}})
+    return folder
+
+
+def test_a_job_that_slurm_no_longer_knows_has_ended(place, slurm, task, monkeypatch, capsys):
+    now = [1000.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(runner, "time", clock)
+    launcher = runner.SubmititLauncher(place / "submitit", "cpu")
+    job = launcher.start(task)
+    (slurm / "queue").write_text(f"{job.job_id}\n")
+    for _ in range(20):  # without accounting, the queue alone knows it
+        assert not launcher.ended(job)
+        now[0] += 59
+    assert len((slurm / "asked").read_text().split()) < 20
+    (slurm / "queue").unlink()  # squeue fails: nobody can tell
+    for _ in range(20):
+        assert not launcher.ended(job)
+        now[0] += 59
+    (slurm / "queue").write_text("1\n")
+    now[0] += 61
+    assert not launcher.ended(job)  # its result may still be on its way through the file system
+    now[0] += 100
+    assert not launcher.ended(job)
+    now[0] += 200
+    assert launcher.ended(job)
+
+    job.paths.stderr.write_text("slurmstepd: Detected 1 oom_kill event\n")
+    runner.close(task, launcher.log(task, job))
+    error = tasks.read_state(task)["error"]
+    assert "ended from outside" in error and str(job.paths.stderr) in error
+    assert error.endswith("oom_kill event")
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "queue, accounting, again",
+    [
+        ("", "", True),  # nobody knows it
+        ("{id}\n", "", False),  # no accounting here
+        ("{id}\n", "{id}|RUNNING|node1\n", False),
+        ("", "{id}|OUT_OF_MEMORY|node1\n", True),
+        ("", "{id}|CANCELLED by 1000|None assigned\n", True),
+        ("", "{id}|PREEMPTED|node1\n", True),
+        (None, "", False),  # Slurm does not answer
+    ],
+)
+def test_the_next_runner_finds_a_job_or_starts_it_again(
+    place, slurm, task, queue, accounting, again
+):
+    first = runner.SubmititLauncher(place / "submitit", "cpu").start(task)
+    (slurm / "queue").unlink()
+    if queue is not None:
+        (slurm / "queue").write_text(queue.format(id=first.job_id))
+    (slurm / "accounting").write_text(accounting.format(id=first.job_id))
+    job = runner.SubmititLauncher(place / "submitit", "cpu").start(task)
+    assert (job.job_id != first.job_id) == again
+    assert (task / "job.txt").read_text(encoding="utf-8") == job.job_id
+
+
+@pytest.mark.parametrize("workers, alone, cpus", [(1, False, 6), (3, False, 2), (3, True, 6)])
+def test_processes_by_the_cpus_of_the_task(place, run, monkeypatch, workers, alone, cpus):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(runner, "POLL", 0)
+    found = {}
+
+    def score(truth, predictions, output, processes, **options):
+        found["score"] = processes
+        output.mkdir(parents=True)
+        (output / "cases.csv").write_text("case,class,metric,unit,value\n")
+
+    class Launcher(InProcess):
+        def start(self, folder):
+            tasks.run_task(folder, alone=alone)
+
+    monkeypatch.setattr("nnunet_ssl.evaluation.evaluate.evaluate_folder", score)
+    monkeypatch.setattr(benchmark, "LocalLauncher", lambda workers: Launcher())
+    commands = Commands(monkeypatch)
+    taken = {}
+
+    def command(words, log, environment):
+        taken[words[0]] = {name: environment[name] for name in tasks.PROCESSES}
+        commands(words, log, environment)
+
+    monkeypatch.setattr(tasks, "run_command", command)
+    assert run(workers=workers, only=["draw0_seed1_SSLTrainerSup"]) == 0
+    planned, _, predicted = commands.ran
+    assert planned.endswith("-np 4 -npfp 4")
+    half = str(max(1, min(3, cpus // 2)))
+    assert predicted.endswith(f"-npp {half} -nps {half}") and found["score"] == cpus
+    wanted = {"nnUNet_n_proc_DA": str(cpus), "nnUNet_def_n_proc": "6"}
+    assert taken["nnUNetv2_train"] == wanted
+    monkeypatch.setenv("nnUNet_def_n_proc", "5")
+    folders = {"nnUNet_raw": place}
+    assert runner.environment(folders, 1)["nnUNet_def_n_proc"] == "5"  # what the user set stays
 
 
 def test_a_task_that_is_killed_from_outside(place, commands, run, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,57 @@ def test_unknown_trainer_and_single_case(commands, run, monkeypatch):
     monkeypatch.setattr(module, "read_raw_dataset", with_one)
     with pytest.raises(UserError, match=r"1 annotated case, so nothing is left to validate on"):
         run()
+
+
+@pytest.fixture
+def own_data(nnunet, tmp_path, monkeypatch):
+    """Raw and preprocessed folder of the toy data set, copied: this test may change them."""
+    folders = []
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        shutil.copytree(nnunet / name / "Dataset901_Toy", tmp_path / name / "Dataset901_Toy")
+        monkeypatch.setenv(name, str(tmp_path / name))
+        folders.append(tmp_path / name / "Dataset901_Toy")
+        (folders[-1] / "splits_final.json").unlink()
+    return folders
+
+
+def tell_groups(raw, *groups):
+    content = {"groups": {f"tr_{i:03d}": group for i, group in enumerate(groups)}}
+    (raw / "conversion.json").write_text(json.dumps(content))
+
+
+def test_patients_are_validated_as_a_whole(own_data, commands, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnunet_ssl.evaluation.report.write_report", lambda folder, output: None)
+    tell_groups(own_data[0], "p0", "p1", "p0")
+    assert run("SSLTrainerFixMatch") == 0
+    content = json.loads((tmp_path / "out" / "runs.json").read_text(encoding="utf-8"))
+    assert [c["fold"] for c in content["cells"]] == ["0", "0", "1", "1"]
+    task = json.loads(
+        (tmp_path / "out" / "cells" / content["cells"][0]["id"] / "task.json").read_text()
+    )
+    assert task["definition"]["training cases"] == ["tr_001"]
+    assert task["definition"]["validation cases"] == ["tr_000", "tr_002"]
+
+
+def test_folds_that_part_a_patient_are_refused(own_data, commands, run, tmp_path, capsys):
+    tell_groups(own_data[0], "p0", "p1", "p0")
+    names = [f"tr_{i:03d}" for i in range(3)]
+    old = [{"train": [c for c in names if c != val], "val": [val]} for val in names]
+    path = own_data[1] / "splits_final.json"
+    path.write_text(json.dumps(old))
+    words = f"{path} parts 1 group.*: fold 0 trains on tr_002 and validates on tr_000, both of p0"
+    with pytest.raises(UserError, match=words):
+        run()
+    assert "p0" not in capsys.readouterr().out  # said once
+    assert not commands.ran and not (tmp_path / "out").exists()
+
+
+def test_a_single_patient_is_refused(own_data, commands, run):
+    tell_groups(own_data[0], "p0", "p0", "p0")
+    words = r"conversion.json counts all 3 annotated cases as one group \(patient\), p0, so nothing"
+    with pytest.raises(UserError, match=words):
+        run()
+    assert not (own_data[1] / "splits_final.json").exists()
 
 
 def test_estimate_of_several_trainers_in_a_process_of_its_own(nnunet):

@@ -127,6 +127,52 @@ def test_missing_values_are_counted_and_never_0(tmp_path):
     assert text.count("1 of 5 missing") == 4 + 2
 
 
+def invented(cell, case, name):
+    """The twin finds the class `posterior`, which no case has, in one case."""
+    if name == "anterior":
+        return scores(cell, case, name)
+    return 0.0 if cell["role"] == "twin" and case == 0 else math.nan
+
+
+def test_a_class_that_one_run_alone_has_is_in_no_difference(tmp_path):
+    bound = make_cell(TWIN, "bound", budget=60)
+
+    def dice(cell, case, name):
+        if cell["role"] == "bound":
+            return math.nan if name == "posterior" else 0.94
+        return invented(cell, case, name)
+
+    folder = make_folder(tmp_path / "runs", [*block(), bound], dice, distances=True)
+    runs = Runs(folder)
+    methods = cells_of(runs, "method")
+    units, _ = runs.unit_differences(methods, DICE)
+    assert units.tolist() == pytest.approx([0.03, 0.05, 0.04])
+    assert not len(runs.unit_differences(methods, DICE, "posterior")[0])
+    text = page(folder, tmp_path)[1]
+    assert "Mean Dice 78.0 % against 37.0 % of the twin: +4.0 points over 3 draws" in text
+    assert "The difference is over the 15 of 18 scores (cases × classes × runs) that both" in text
+    assert "+4.0 (+1.5 to +6.5) over 15 of 18 in both" in text
+    assert "+20 %" in text  # 4 of the 20 points from 74, not of those from 37
+    # distances: the twin's are missing in that class, too
+    hd95 = ("hd95", "mm")
+    assert runs.paired(methods, hd95) == (15, 15)
+
+
+def test_a_case_that_one_run_alone_has_is_in_no_difference(tmp_path):
+    def dice(cell, case, name):
+        missing = case == 4 and name == "anterior" and cell["role"] == "method"
+        return math.nan if missing else scores(cell, case, name)
+
+    runs = Runs(make_folder(tmp_path / "runs", block(), dice))
+    methods = cells_of(runs, "method")
+    for name in (None, "anterior"):
+        units, _ = runs.unit_differences(methods, DICE, name)
+        assert units.tolist() == pytest.approx([0.03, 0.05, 0.04])
+    assert runs.paired(methods, DICE) == (27, 30)
+    # the mean that is shown is over what is there
+    assert runs.score(methods[0], DICE) == pytest.approx((0.73 + 0.64) / 2 + 0.03)
+
+
 def test_share_of_the_gap_to_the_bound(tmp_path):
     bound = make_cell(TWIN, "bound", budget=60)
 
@@ -253,6 +299,81 @@ def test_different_commits_and_hardware_are_told(tmp_path):
 def test_one_draw_is_told(tmp_path):
     text = page(make_folder(tmp_path / "runs", block(draws=(0,)), scores), tmp_path)[1]
     assert "One draw of annotated cases only" in text
+
+
+def test_a_verdict_of_fewer_than_three_draws_says_so(tmp_path):
+    bound = make_cell(TWIN, "bound", budget=60)  # of draw 0, which is no draw
+    cells = [*block(draws=(1, 2), seeds=(1, 2)), bound]
+    text = page(make_folder(tmp_path / "two", cells, scores), tmp_path)[1]
+    assert "▲ helped" in text and "+4.5 points over 4 runs of 2 draws, 95 %" in text
+    assert "It holds for these 2 draws alone." in text
+    assert "2 draws of annotated cases only" in text and "holds for these draws alone." in text
+    cells = block(draws=(1,), seeds=(1, 2, 3))
+    text = page(make_folder(tmp_path / "one", cells, scores), tmp_path)[1]
+    assert "over 3 runs of 1 draw" in text and "It holds for this draw alone." in text
+    # of three draws two have come to their end
+    cells = block(seeds=(1, 2))
+    cells[-1]["state"] = cells[-3]["state"] = "waiting"
+    text = page(make_folder(tmp_path / "three", cells, scores), tmp_path)[1]
+    assert "Fewer than 3 draws of annotated cases have finished of SSLTrainerBCP with 4" in text
+    text = page(make_folder(tmp_path / "all", block(), scores), tmp_path)[1]
+    assert "draws alone." not in text.replace("verdict holds for these draws alone. Cases", "")
+
+
+OWN = f"{TWIN}+ema_decay=0.99+deploy=student"  # the twin that the method declares
+
+
+def trained(bound_settings="", **twins):
+    """Three draws of methods beside twins, and a bound; epochs and seeds as a spec sets them."""
+    more = "+num_epochs=7+seed=1"
+    cells = [make_cell(TWIN, "bound", budget=60, trainer=f"{TWIN}{bound_settings}{more}")]
+    for draw in GAINS:
+        for name in dict.fromkeys(twins.values()):
+            cells.append(make_cell(name, "twin", draw=draw, trainer=f"{name}{more}"))
+        for name, twin in twins.items():
+            trainer = f"{name}{more}"
+            cells.append(make_cell(name, "method", draw=draw, trainer=trainer, twin=twin))
+    return cells
+
+
+def test_a_twin_that_is_not_the_methods_own_is_told(tmp_path):
+    own = trained("+ema_decay=0.99+deploy=student", SSLTrainerBCP=OWN, SSLTrainerUAMT=OWN)
+    text = page(make_folder(tmp_path / "own", own, scores), tmp_path)[1]
+    assert "the same network, trained in the same way on the annotated scans alone." in text
+    assert "the twin to the same network trained with all annotations" in text
+    assert "that as well" not in text
+
+    shared = trained(SSLTrainerBCP=TWIN, SSLTrainerUAMT=TWIN, SSLTrainer=TWIN)
+    text = page(make_folder(tmp_path / "shared", shared, scores), tmp_path)[1]
+    told = (
+        "The twin of SSLTrainerBCP, SSLTrainerUAMT has deploy=teacher, ema_decay=auto, where the "
+        "method's own twin has deploy=student, ema_decay=0.99: the difference may come from that"
+    )
+    assert told in text
+    assert "The twin of SSLTrainer has labeled_mix=0.0, where the method's own twin has" in text
+    assert "in the same way" not in text and "not every method stands beside its own twin" in text
+    assert "The bound has" not in text
+
+    bound = trained("+labeled_mix=auto", SSLTrainerBCP=OWN)
+    text = page(make_folder(tmp_path / "bound", bound, scores), tmp_path)[1]
+    assert (
+        f"The bound has deploy=teacher, ema_decay=auto, labeled_mix=auto, where the twin {OWN} has "
+        "deploy=student, ema_decay=0.99, labeled_mix=0.0: the gap between them comes from that"
+    ) in text
+    assert "to the bound, a network trained with all annotations" in text
+    assert "in the same way" in text
+
+
+def test_trainers_that_are_not_known_are_told(tmp_path):
+    text = page(make_folder(tmp_path / "runs", block(name="SSLTrainerMine"), scores), tmp_path)[1]
+    assert "Trainers or settings that are not known here: SSLTrainerMine. Whether" in text
+    assert "in the same way" not in text
+
+
+def test_a_tolerance_that_yaml_takes_for_a_text(tmp_path):
+    folder = make_folder(tmp_path / "runs", block(), scores, distances=True)
+    (folder / "spec.yaml").write_text("protocol: raw\nevaluate: {tolerance: 1e-1}\n")
+    assert "within 0.1 mm" in page(folder, tmp_path)[1]
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Specs: errors name file, line and key; cells and twins; those of the repository are valid."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.cells import chosen, expand, twin_of
+from nnunet_ssl.evaluation.cells import Place, chosen, expand, twin_of, with_twins
 from nnunet_ssl.evaluation.spec import read_spec
+from nnunet_ssl.naming import resolve
 
 SPECS = Path(__file__).parents[2] / "benchmarks" / "specs"
 SPEC = """\
@@ -50,6 +52,8 @@ def test_values_and_defaults(read):
     assert spec.plans.features == (4, 8, 8) and spec.plans.patch is None
     assert (spec.units, spec.tolerance, spec.pseudo_labels) == ("mm", 1.0, 0)
     assert spec.circumference == ()
+    # YAML itself takes this for a text
+    assert read(more="evaluate: {tolerance: 1e-1}\n").tolerance == 0.1
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,14 @@ def test_values_and_defaults(read):
         ("num_epochs: 3", "num_epochs: many", 14, "settings.num_epochs: .*a whole number"),
         ("num_epochs: 3", "box: 0.5", 14, r"settings.box: SSLTrainer has no .*into its name"),
         ("num_epochs: 3", "seed: 3", 14, "settings.seed: belongs under seeds"),
+        ("SSLTrainerBCP", "SSLTrainer+seed=2", 12, r"trainers: SSLTrainer\+seed=2: .*seeds: \[2\]"),
+        (
+            "seeds: [1]",
+            "seeds: [1]\ntwin: SSLTrainerSupervised+seed=2",
+            12,
+            r"twin: SSLTrainerSupervised\+seed=2: the seed belongs under seeds",
+        ),
+        ("seeds: [1]", "seeds: [1]\nevaluate: {tolerance: wide}", 12, "tolerance: 'wide' does not"),
         ("  last: 2", "  last: [2", 8, "not valid YAML"),
         ("  last: 2", "  2", 7, "test: needs keys with values"),
     ],
@@ -173,6 +185,65 @@ def test_settings_in_a_name_win_and_reach_the_twin_that_knows_them(read):
     name, auto = "SSLTrainerSupervised", {"labeled_mix": "auto"}
     assert twin_of("SSLTrainer+unsup_weight=2") == (name, auto)
     assert twin_of("SSLTrainer+labeled_mix=0") == (name, {"labeled_mix": "0"})
+
+
+@pytest.mark.parametrize(
+    "key, value, made, others",
+    [
+        ("labeled_mix", "0", 0.0, "+labeled_mix=0.5"),
+        ("ema_decay", "0.9", 0.9, "+ema_decay=0.8"),
+        ("deploy", "teacher", "teacher", "+deploy=student"),
+    ],
+)
+def test_common_settings_win_over_the_twins_own_name(read, key, value, made, others):
+    text = f"{key}: {value}"
+    for twin in ("", "twin: SSLTrainerSupervised+labeled_mix=auto+ema_decay=0.99\n"):
+        cells = expand(read("initial_lr: 1e-3", text, f"also: [bound, equal_compute]\n{twin}"), 10)
+        assert {getattr(resolve(c.trainer), key) for c in cells} == {made}
+    [twins, methods] = with_twins(
+        [f"SSLTrainer{others}", f"SSLTrainerBCP{others}"], {key: value}, Place("here", 2, "2")
+    )
+    own = resolve(f"SSLTrainer{others}")
+    assert {getattr(resolve(c.trainer), key) for c in twins + methods} == {getattr(own, key)}
+
+
+def test_values_that_do_not_fit_the_twin_stay_with_the_method(read):
+    cells = expand(read("SSLTrainerBCP", "SSLTrainerCPS+deploy=mean"), 10)
+    method = next(c for c in cells if "CPS" in c.id)
+    twin = next(c for c in cells if c.id == method.twin)
+    assert resolve(method.trainer).deploy == "mean"
+    assert twin.name == "SSLTrainerSupervised+ema_decay=None+deploy=student"
+    # as compare calls it, for which this is a common setting
+    name = "SSLTrainerCPS+deploy=mean"
+    [twin], [method] = with_twins([name], {"deploy": "mean"}, Place("fold0", 5, "5"))
+    assert method.trainer == name
+    assert twin.trainer == "SSLTrainerSupervised+ema_decay=None+deploy=student"
+
+
+@pytest.mark.parametrize(
+    "trainers, settings",
+    [
+        ("SSLTrainer, SSLTrainer+num_epochs=3", "num_epochs: 3"),
+        ("SSLTrainerSupervised, SSLTrainerSupervised+num_epochs=3", "num_epochs: 3"),
+        ("SSLTrainer+warmup=0.2+num_epochs=4, SSLTrainer+num_epochs=4+warmup=0.2", ""),
+        ("SSLTrainer+initial_lr=1e-2, SSLTrainer+initial_lr=0.01", ""),
+        ("SSLTrainer, SSLTrainer+initial_lr=0.01", "num_epochs: 3"),  # nnU-Net's own
+    ],
+)
+def test_two_names_of_one_training_are_refused(read, trainers, settings):
+    first, second = map(re.escape, trainers.split(", "))
+    spec = read("[SSLTrainer, SSLTrainerBCP]", f"[{trainers}]")
+    spec = replace(spec, settings=dict(filter(None, [settings and settings.split(": ")])))
+    with pytest.raises(UserError, match=f"line 12, trainers: {first} and {second} are the same"):
+        expand(spec, 10)
+
+
+def test_twins_of_one_training_run_once(read):
+    first = "SSLTrainerFixMatch+weight_decay=0+num_epochs=4"
+    new = f"[{first}, SSLTrainerUAMT+num_epochs=4+weight_decay=0]"
+    more = "twin: SSLTrainerSupervised\n"
+    twins = [c for c in expand(read("[SSLTrainer, SSLTrainerBCP]", new, more), 10) if "Sup" in c.id]
+    assert len(twins) == 4 and all(c.name.endswith("decay=0+num_epochs=4") for c in twins)
 
 
 def test_extra_rows(read):

@@ -105,10 +105,11 @@ def test_sd_is_that_of_a_sample_and_missing_values_do_not_count():
 
 
 def test_gap_closed():
-    assert gap_closed(0.05, twin=0.7, bound=0.9) == pytest.approx(0.25)
-    assert gap_closed(-0.05, twin=0.7, bound=0.9) == pytest.approx(-0.25)
-    assert math.isnan(gap_closed(0.05, twin=0.9, bound=0.9))
-    assert math.isnan(gap_closed(0.05, twin=0.9, bound=0.8))
+    assert gap_closed(0.05, gap=0.2) == pytest.approx(0.25)
+    assert gap_closed(-0.05, gap=0.2) == pytest.approx(-0.25)
+    assert math.isnan(gap_closed(0.05, gap=0.0))
+    assert math.isnan(gap_closed(0.05, gap=-0.1))
+    assert math.isnan(gap_closed(0.05, gap=math.nan))
 
 
 def test_the_printed_rule_names_the_constants():

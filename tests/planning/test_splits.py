@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from make_data import make_raw_dataset
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from nnunet_ssl import cli
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.planning import splits as module
 from nnunet_ssl.planning.splits import ensure_splits, make_splits, read_groups, split_dataset
@@ -101,6 +103,116 @@ def test_raw_folder_not_writable(folders, monkeypatch, capsys):
     splits = ensure_splits(*folders, ["a", "b"])
     assert stored(folders[1]) == splits
     assert f"The splits are in {folders[1]} only" in capsys.readouterr().out
+
+
+# --- folds that keep groups whole ---------------------------------------------------------------
+
+
+def grouped(*sizes):
+    """Case -> group, groups of these sizes; names of cases do not tell them."""
+    order = [f"p{group}" for group, size in enumerate(sizes) for _ in range(size)]
+    return {f"case{i * 7 % 100:02d}": group for i, group in enumerate(order)}
+
+
+def record(folder, groups, name="conversion.json", **more):
+    (folder / name).write_text(json.dumps({"groups": groups, **more}), encoding="utf-8")
+
+
+SIZES = [(2, 2), (1, 3), (3, 1, 2, 2), (2,) * 5, (2,) * 20, (9, 1, 1, 1, 1, 1), (27, 6, 6, 4, 1, 1)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_no_group_is_on_both_sides_and_every_case_is_validated_once(sizes):
+    groups = grouped(*sizes)
+    splits = make_splits(groups, groups)
+    assert len(splits) == min(len(sizes), 5)
+    for fold in splits:
+        assert fold["train"] and fold["val"]
+        assert not {groups[c] for c in fold["train"]} & {groups[c] for c in fold["val"]}
+        assert sorted(fold["train"] + fold["val"]) == sorted(groups)
+    assert sorted(c for fold in splits for c in fold["val"]) == sorted(groups)
+    validated = [len(fold["val"]) for fold in splits]
+    assert max(validated) - min(validated) <= max(sizes)
+    if len(set(sizes)) == 1 and len(sizes) >= 5:
+        assert len(set(validated)) == 1
+    backwards = dict(reversed(groups.items()))
+    renamed = {c: f"patient {9 - int(g[1:])}" for c, g in groups.items()}
+    assert splits == make_splits(backwards, backwards) == make_splits(renamed, renamed)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 5, 23])
+def test_groups_of_one_case_change_no_fold(folders, number):
+    names = [f"case{i}" for i in range(number)]
+    record(folders[0], {n: f"p{number - i}" for i, n in enumerate(names)} | {"test_1": "p0"})
+    assert ensure_splits(*folders, names) == make_splits(names)
+
+
+@pytest.mark.parametrize("name", ["conversion.json", "split.json"])
+def test_folds_follow_the_groups_of_the_record(folders, name, capsys):
+    groups = grouped(*[2] * 6)
+    record(folders[0], groups | {"hidden": "p1"}, name, order="by name")
+    splits = ensure_splits(*folders, sorted(groups))
+    assert splits == stored(folders[1]) == make_splits(groups, groups) != make_splits(groups)
+    out = capsys.readouterr().out
+    assert f"Folds keep the 6 groups (patients) of {folders[0] / name} whole" in out
+    assert "NOTE" not in out
+    assert ensure_splits(*folders, sorted(groups), for_scores=True) == splits
+    assert capsys.readouterr().out == ""
+
+
+def test_cases_that_the_record_does_not_know_are_told(folders, capsys):
+    record(folders[0], {"a": "p", "b": "p", "c": "q"})
+    splits = ensure_splits(*folders, ["a", "b", "c", "new"])
+    assert [fold["val"] for fold in splits] == [["a", "b"], ["c"], ["new"]]
+    assert "no group of 1 case(s), so each is its own: new. If" in capsys.readouterr().out
+
+
+def test_one_group_can_be_planned(folders, capsys):
+    record(folders[0], {"a": "p", "b": "p"})
+    names = ["a", "b"]
+    assert ensure_splits(*folders, names) == [{"train": names, "val": names}]
+    out = capsys.readouterr().out
+    assert "All 2 annotated cases are of group p" in out and "validates on its training" in out
+    assert ensure_splits(*folders, names) and capsys.readouterr().out == ""
+    record(folders[0], {"a": "p", "b": "p", "c": "q"})  # a patient more
+    ensure_splits(*folders, [*names, "c"])
+    assert "parts 1 group(s) (patients)" in capsys.readouterr().out
+
+
+def test_old_folds_that_part_a_group_are_kept_with_a_warning_and_not_compared(folders, capsys):
+    groups = grouped(*[2] * 6)
+    old = make_splits(groups)
+    files = [folder / "splits_final.json" for folder in folders]
+    files[0].write_text(json.dumps(old))
+    record(folders[0], groups)
+    assert ensure_splits(*folders, list(groups)) == old == stored(folders[1])
+    out = capsys.readouterr().out
+    words = rf"{files[1]} parts \d group\(s\) \(patients\): fold \d trains on case.*, both of p"
+    fix = f"Delete {files[1]} and {files[0]} and run the same command again"
+    assert out.count("WARNING") == 1
+    assert re.search(words, out) and fix in out
+    with pytest.raises(UserError, match=rf"{words}.*{fix}"):
+        ensure_splits(*folders, list(groups), for_scores=True)
+    assert capsys.readouterr().out == ""
+    for file in files:
+        file.unlink()
+    assert ensure_splits(*folders, list(groups), for_scores=True) == make_splits(groups, groups)
+
+
+def test_folds_made_of_a_single_case_are_not_compared_later(folders):
+    ensure_splits(*folders, ["a"])
+    with pytest.raises(UserError, match="fold 0 trains on a and validates on a"):
+        ensure_splits(*folders, ["a", "b"], for_scores=True)
+
+
+def test_record_that_is_damaged_or_of_another_program(folders):
+    path = folders[0] / "split.json"
+    for foreign in ('[{"groups": 1}]', '{"groups": ["a"], "order": {}}'):
+        path.write_text(foreign)
+        assert ensure_splits(*folders, ["a", "b"]) == make_splits(["a", "b"])
+    path.write_text('{"groups": {')
+    with pytest.raises(UserError, match=f"Cannot read {path}, which tells.* delete the file"):
+        ensure_splits(*folders, ["a", "b"])
 
 
 # --- data sets with few masks -------------------------------------------------------------------
@@ -207,6 +319,86 @@ def test_groups_are_counted_and_stay_whole(source, roots, draw):
         names = split[side]
         assert all(a < b for a, b in zip(names[::2], names[1::2], strict=True))
     assert (draw == 0) == (split["labeled"] == ["tr_000", "tr_001", "tr_002", "tr_003"])
+
+
+@pytest.fixture
+def converted(source):
+    """The source as `convert` leaves it: five patients of two cases, in an order of its own."""
+    names = [f"tr_{i:03d}" for i in range(10)]
+    groups = {n: f"patient{i % 5}" for i, n in enumerate(names)}
+    order = [*names[7:], *names[:7]]
+    record(source, groups | {"ts_000": "patient9"}, order=order)
+    return source
+
+
+def split_by_command(roots, *options):
+    """Return split.json of `nnunet_ssl split`."""
+    assert cli.main(["split", "-d", "901", "-o", "902", "--labeled", "2", *options]) == 0
+    (new,) = (roots / "raw").glob("Dataset902_*")
+    return json.loads((new / "split.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("options", [[], ["--draw", "1"], ["--list"]])
+def test_command_keeps_the_groups_of_the_conversion(converted, roots, tmp_path, options, capsys):
+    if options == ["--list"]:
+        (tmp_path / "mine.txt").write_text("\n".join(f"tr_{i:03d}" for i in range(10)))
+        options = ["--list", str(tmp_path / "mine.txt")]
+    split = split_by_command(roots, "--test", "1", *options)
+    sides = [{int(c[3:]) % 5 for c in split[side]} for side in ("labeled", "unlabeled", "test")]
+    assert list(map(len, sides)) == [2, 2, 1] and len(set.union(*sides)) == 5
+    assert sum(len(split[side]) for side in ("labeled", "unlabeled", "test")) == 10
+    assert split["groups"]["tr_007"] == "patient2"
+    path = converted / "conversion.json"
+    out = capsys.readouterr().out
+    assert f"Groups (patients): those of {path}; numbers count the 5 groups" in out
+    if not options:
+        assert f"Order of the cases: that of {path}." in out
+        assert split["labeled"] == ["tr_007", "tr_002", "tr_008", "tr_003"]
+        assert (split["test"], split["order"]) == (["tr_001", "tr_006"], "conversion.json")
+    elif "--list" in options:
+        assert "Order of the cases" not in out
+        assert split["labeled"] == ["tr_000", "tr_005", "tr_001", "tr_006"]
+
+
+def test_command_takes_groups_from_a_file_instead(converted, roots, tmp_path, capsys):
+    rows = [f"tr_{i:03d},own{i}" for i in range(10)]
+    (tmp_path / "groups.csv").write_text("\n".join(["case,group", *rows]))
+    split = split_by_command(roots, "--test", "1", "--groups", str(tmp_path / "groups.csv"))
+    assert (split["labeled"], split["test"]) == (["tr_007", "tr_008"], ["tr_006"])
+    assert "Groups (patients)" not in capsys.readouterr().out
+
+
+def test_command_counts_cases_where_each_is_its_own_group(source, roots, capsys):
+    names = [f"tr_{i:03d}" for i in range(10)]
+    record(source, {n: n for n in names}, order=[*names[9:0:-1], "moved"])
+    split = split_by_command(roots, "--test", "3")
+    assert split["labeled"] == ["tr_009", "tr_008"] and "groups" not in split
+    out = capsys.readouterr().out
+    assert "it lacks 1 case(s) of imagesTr" in out and "Groups" not in out
+
+
+def test_a_split_data_set_is_split_again_by_its_groups(converted, roots):
+    split_by_command(roots, "--labeled", "5")  # nothing hidden
+    args = ["split", "-d", "902", "-o", "903", "--labeled", "1", "--test", "1"]
+    assert cli.main(args) == 0
+    (new,) = (roots / "raw").glob("Dataset903_*")
+    split = json.loads((new / "split.json").read_text(encoding="utf-8"))
+    assert (split["labeled"], split["test"]) == (["tr_000", "tr_005"], ["tr_004", "tr_009"])
+
+
+def test_without_being_asked_the_record_is_not_followed(converted, roots):
+    """The benchmark hands over cases that are chosen already."""
+    new = split_dataset(901, 902, labeled=1)
+    assert cases(new / "imagesTr") == ["tr_000"]
+
+
+def test_test_cases_outside_the_order_part_no_group(converted, roots, tmp_path, capsys):
+    (tmp_path / "train.list").write_text("tr_000\ntr_001\ntr_002\n")
+    (tmp_path / "test.list").write_text("tr_005\n")
+    lists = ["--list", str(tmp_path / "train.list"), "--test", str(tmp_path / "test.list")]
+    assert cli.main(["split", "-d", "901", "-o", "902", "--labeled", "1", *lists]) == 2
+    assert "part group patient0: tr_005 is one, tr_000 is not" in capsys.readouterr().err
+    untouched(roots)
 
 
 def test_values_per_case_go_with_their_cases(source, roots, base):
