@@ -65,7 +65,7 @@ from nnunet_ssl.dataset_conversion.writing import (
 )
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.io import environment_folder, explain_os_error, write_json
-from nnunet_ssl.planning.workers import Workers
+from nnunet_ssl.planning.workers import Workers, available_cpus
 from nnunet_ssl.version import __version__
 
 FORMAT = 1
@@ -239,7 +239,7 @@ def build_parser(script: Any) -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace a data set that was converted before"
     )
     parser.add_argument(
-        "-np", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)"
+        "-np", type=int, default=available_cpus(), metavar="N", help="processes (%(default)s)"
     )
     if hasattr(script, "add_options"):
         script.add_options(parser)

@@ -1,7 +1,7 @@
 """`nnunet_ssl compare`: does it help on my data? Cross-validation of trainers and their twins."""
 
+import hashlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,6 +38,7 @@ from nnunet_ssl.naming import resolve
 from nnunet_ssl.planning.api import read_plans
 from nnunet_ssl.planning.raw import RawDataset, read_raw_dataset
 from nnunet_ssl.planning.splits import (
+    Record,
     Splits,
     ensure_splits,
     groups_of,
@@ -89,14 +90,15 @@ def compare(
     raw = read_raw_dataset(dataset_id)
     folders = {name: environment_folder(name) for name in FOLDERS}
     base = folders["nnUNet_preprocessed"] / raw.folder.name
-    check_ready(raw, base, configuration, plans)
+    record = read_record(raw.folder)
+    pool = check_ready(raw, record, base, configuration, plans)
     if not has_device(device):
         raise UserError("-device cuda (the default): no CUDA GPU found here. Add: -device cpu")
     splits = ensure_splits(raw.folder, base, list(raw.labeled), for_scores=True)
     cells = expand(trainers, splits, len(raw.labeled))
     plan = {
         folder / "cells" / cell.id: cell_task(
-            cell, raw, splits, configuration, plans, device, folder, folders, workers
+            cell, raw, splits, configuration, plans, device, folder, folders, workers, pool
         )
         for cell in cells
     }
@@ -118,7 +120,7 @@ def compare(
             place_once(raw, fold["val"], folder / "folds" / str(number))
         command = ["nnunet_ssl", "compare", "-d", str(dataset_id), "-c", configuration]
         command += ["-tr", *trainers, "-p", plans, "-device", device, "-o", folder.name]
-        head = describe(raw, configuration, shlex.join(command))
+        head = describe(raw, record, configuration, shlex.join(command))
         failed = run_cells(folder, head, list(plan), dict.fromkeys(plan), LocalLauncher(workers))
         from nnunet_ssl.evaluation.report import write_report
 
@@ -127,21 +129,28 @@ def compare(
     return int(failed)
 
 
-def check_ready(raw: RawDataset, base: Path, configuration: str, plans: str) -> None:
-    """Raise UserError unless there is something to validate on and all is preprocessed."""
+def check_ready(
+    raw: RawDataset, record: Record | None, base: Path, configuration: str, plans: str
+) -> str:
+    """Return a hash of the unlabelled scans.
+
+    Raises:
+        UserError: nothing to validate on, or not preprocessed.
+    """
     if len(raw.labeled) < 2:
         raise UserError(
             f"{raw.folder} has 1 annotated case, so nothing is left to validate on. Annotate at "
             f"least one more scan; five or more make the answer worth more."
         )
-    record = read_record(raw.folder)
     groups = set(groups_of(raw.labeled, record).values())
     if record and len(groups) < 2:
         raise UserError(
             f"{record.path} counts all {len(raw.labeled)} annotated cases as one group (patient), "
             f"{groups.pop()}, so nothing is left to validate on. Annotate a scan of another one."
         )
-    read_manifest(base, read_plans(base, plans, configuration), configuration)
+    manifest = read_manifest(base, read_plans(base, plans, configuration), configuration)
+    pool = json.dumps(manifest["cases"], sort_keys=True)
+    return hashlib.sha256(pool.encode()).hexdigest()[:12]
 
 
 def check_trainings(place: Path, task: Mapping[str, Any], base: Path, file_ending: str) -> None:
@@ -207,9 +216,11 @@ def cell_task(
     folder: Path,
     folders: Mapping[str, Path],
     workers: int,
+    pool: str,
 ) -> dict[str, Any]:
-    """Train one fold, score its validation."""
-    name = raw.folder.name
+    """Train one fold, score its validation; `pool` tells the unlabelled scans apart."""
+    name, record = raw.folder.name, read_record(raw.folder)
+    units = "voxel" if record and not record.spacing_known else "mm"
     model = folders["nnUNet_results"] / name / f"{cell.trainer}__{plans}__{configuration}"
     fold = splits[int(cell.fold)]
     train = ["nnUNetv2_train", str(int(name[7:10])), configuration, cell.fold]
@@ -222,6 +233,7 @@ def cell_task(
             "trainer": cell.trainer,
             "training cases": sorted(fold["train"]),
             "validation cases": sorted(fold["val"]),
+            "scans in imagesUn (hash)": pool if cell.role == "method" else None,
         },
         "environment": environment(folders, workers),
         "row": {k: v for k, v in vars(cell).items() if k not in NOT_TOLD},
@@ -237,9 +249,8 @@ def cell_task(
             "ground_truth": str(folder / "folds" / cell.fold / "labels"),
             "predictions": str(model / f"fold_{cell.fold}" / "validation"),
             "dataset_json": str(raw.folder / "dataset.json"),
-            "units": "mm",
+            "units": units,
             "tolerance": 1.0,
-            "processes": max(1, (os.cpu_count() or 1) // workers),
         },
     }
 
@@ -288,14 +299,16 @@ def confirm() -> None:
         )
 
 
-def describe(raw: RawDataset, configuration: str, command: str) -> dict[str, Any]:
+def describe(
+    raw: RawDataset, record: Record | None, configuration: str, command: str
+) -> dict[str, Any]:
     """Return what runs.json says beside the cells."""
     labels = raw.dataset_json["labels"]
     return {
         "format": FORMAT,
         "name": f"compare_{raw.folder.name}_{configuration}",
         "about": f"Cross-validation on {len(raw.labeled)} annotated scans of {raw.folder.name}.",
-        "protocol": "raw",
+        "protocol": record.protocol if record else "",
         "dataset": raw.folder.name,
         "configuration": configuration,
         "command": command,

@@ -32,6 +32,7 @@ PROTOCOLS = {
     "raw": "raw: whole images as they come, nothing cut with the help of an annotation",
     "cropped-literature": "cropped-literature: images cut around the annotation, as much of the "
     "literature does; scores are not comparable with those on whole images",
+    "": "not told by the data set: whether images were cut with the help of an annotation",
 }
 ROLES = {
     "twin": "supervised twin",

@@ -39,15 +39,19 @@ class Record:
         path: the file.
         groups: case -> group (patient), test cases included; empty if it tells none.
         order: training cases in their order; empty if it tells none.
+        protocol: "raw", or how images were cut with the help of an annotation; empty if not told.
+        spacing_known: False where spacings are made up.
     """
 
     path: Path
     groups: dict[str, str]
     order: list[str]
+    protocol: str = ""
+    spacing_known: bool = True
 
 
 def read_record(raw_folder: Path) -> Record | None:
-    """Read what the data set was made with; None if nothing tells groups or an order.
+    """Read what the data set was made with; None if nothing tells groups, order or protocol.
 
     Raises:
         UserError: the file cannot be read.
@@ -67,8 +71,9 @@ def read_record(raw_folder: Path) -> Record | None:
         groups, order = told.get("groups"), told.get("order")
         groups = {c: str(g) for c, g in groups.items()} if isinstance(groups, dict) else {}
         order = [str(c) for c in order] if isinstance(order, list) else []
-        if groups or order:
-            return Record(path, groups, order)
+        protocol = str(told.get("protocol") or "")
+        if groups or order or protocol:
+            return Record(path, groups, order, protocol, bool(told.get("spacing_known", True)))
     return None
 
 
@@ -305,8 +310,8 @@ def split_dataset(
 
     order = read_case_list(list_file, raw) if list_file else sorted(raw.labeled)
     order_name = str(list_file) if list_file else "by name"
-    record = read_record(source_folder) if follow_record else None
-    if record:
+    record = read_record(source_folder)
+    if record and follow_record:
         recorded = [case for case in record.order if case in raw.labeled]
         if recorded and not list_file:
             order, order_name = recorded, record.path.name
@@ -351,6 +356,8 @@ def split_dataset(
         "test": test_cases,
         "unused": unused,
     }
+    if record and record.protocol:
+        provenance |= {"protocol": record.protocol, "spacing_known": record.spacing_known}
     if groups:
         provenance["groups"] = {c: groups[c] for c in [*keep, *hide, *test_cases]}
     with atomic_folders(hidden, target) as (held, new):

@@ -98,6 +98,46 @@ def test_a_fold_that_fails_is_tried_again(commands, run, tmp_path, monkeypatch):
     assert run() == 0 and len(commands.ran) == 1
 
 
+@pytest.mark.parametrize(
+    ("record", "protocol", "unit"),
+    [
+        (None, "", "mm"),
+        ({"protocol": "raw", "spacing_known": True}, "raw", "mm"),
+        ({"protocol": "cropped-literature", "spacing_known": False}, "cropped-literature", "voxel"),
+    ],
+)
+def test_protocol_and_unit_are_those_of_the_conversion(
+    record, protocol, unit, commands, run, tmp_path, nnunet
+):
+    path = nnunet / "nnUNet_raw" / "Dataset901_Toy" / "conversion.json"
+    try:
+        if record:
+            path.write_text(json.dumps(record))
+        assert run() == 0
+    finally:
+        path.unlink(missing_ok=True)
+    content = json.loads((tmp_path / "out" / "runs.json").read_text(encoding="utf-8"))
+    assert content["protocol"] == protocol
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        assert {r["unit"] for r in csv.DictReader(file) if r["metric"] == "hd95"} == {unit}
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    told = {"": "not told", "raw": "whole images", "cropped-literature": "cut around"}
+    assert told[protocol] in page
+
+
+def test_other_scans_without_masks_make_another_comparison(commands, run, nnunet, monkeypatch):
+    run()
+    read_manifest = module.read_manifest
+
+    def with_another_scan(*args):
+        manifest = read_manifest(*args)
+        return {**manifest, "cases": {**manifest["cases"], "un_999": {"content": "x"}}}
+
+    monkeypatch.setattr(module, "read_manifest", with_another_scan)
+    with pytest.raises(UserError, match=r"scans in imagesUn \(hash\) was"):
+        run()
+
+
 def test_settings_of_an_earlier_call_are_kept(commands, run, monkeypatch):
     monkeypatch.setattr("nnunet_ssl.evaluation.report.write_report", lambda folder, output: None)
     run("SSLTrainer+num_epochs=3")

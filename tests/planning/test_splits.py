@@ -360,6 +360,17 @@ def test_command_keeps_the_groups_of_the_conversion(converted, roots, tmp_path, 
         assert split["labeled"] == ["tr_000", "tr_005", "tr_001", "tr_006"]
 
 
+def test_a_split_says_what_the_conversion_said_of_its_images(converted, roots):
+    path = converted / "conversion.json"
+    told = {"protocol": "cropped-literature", "spacing_known": False}
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | told))
+    split = split_by_command(roots)
+    assert {k: split[k] for k in told} == told
+    (new,) = (roots / "raw").glob("Dataset902_*")
+    record = module.read_record(new)
+    assert (record.protocol, record.spacing_known) == ("cropped-literature", False)
+
+
 def test_command_takes_groups_from_a_file_instead(converted, roots, tmp_path, capsys):
     rows = [f"tr_{i:03d},own{i}" for i in range(10)]
     (tmp_path / "groups.csv").write_text("\n".join(["case,group", *rows]))
