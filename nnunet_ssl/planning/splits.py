@@ -595,27 +595,47 @@ def place_cases(
     """Link or copy images and masks of the cases under nnU-Net's names."""
     if not cases:
         return
-    ending = source.file_ending
     for folder in (images, masks):
         folder.mkdir(parents=True, exist_ok=True)
+    for target, path in _places(source, cases, images, masks).items():
+        link(path, target, copy)
+
+
+def _places(
+    source: RawDataset, cases: Sequence[str], images: Path, masks: Path
+) -> dict[Path, Path]:
+    """Return where files of the cases go -> where they are."""
+    ending = source.file_ending
+    places: dict[Path, Path] = {}
     for case in cases:
         for channel, path in enumerate(source.labeled[case]):
-            link(path, images / f"{case}_{channel:04d}{ending}", copy)
-        link(source.masks[case], masks / f"{case}{ending}", copy)
+            places[images / f"{case}_{channel:04d}{ending}"] = path
+        places[masks / f"{case}{ending}"] = source.masks[case]
         for path, folder in ((source.labeled[case][0], images), (source.masks[case], masks)):
             spacing = path.with_name(f"{case}.json")  # beside TIFF images and masks
             if spacing.is_file():
-                link(spacing, folder / spacing.name, copy)
+                places[folder / spacing.name] = spacing
+    return places
 
 
 def place_once(raw: RawDataset, cases: Sequence[str], target: Path) -> None:
     """Link cases into `target/images` and `target/labels`; nothing happens if they are there."""
+    places = _places(raw, cases, target / "images", target / "labels")
     if target.is_dir():
-        if {p.name for p in (target / "labels").iterdir()} == {raw.masks[c].name for c in cases}:
+        there = {p for name in ("images", "labels") for p in (target / name).glob("*")}
+        if there == places.keys() and all(_is_placed(*pair) for pair in places.items()):
             return
         shutil.rmtree(target)
     with atomic_folders(target) as (part,):
         place_cases(raw, cases, part / "images", part / "labels")
+
+
+def _is_placed(target: Path, source: Path) -> bool:
+    """Tell whether a file is a link to another one, or an unchanged copy of it."""
+    if target.is_symlink():
+        return target.resolve() == source.resolve()
+    ours, theirs = target.stat(), source.stat()
+    return (ours.st_size, ours.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
 
 
 def link(source: Path, target: Path, copy: bool = False) -> None:

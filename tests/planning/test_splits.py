@@ -11,6 +11,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_ssl import cli
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.planning import splits as module
+from nnunet_ssl.planning.raw import read_raw_dataset
 from nnunet_ssl.planning.splits import ensure_splits, make_splits, read_groups, split_dataset
 
 # --- folds --------------------------------------------------------------------------------------
@@ -567,3 +568,29 @@ def test_file_system_without_links(source, monkeypatch):
     new = split_dataset(901, 902, labeled=1)
     assert (new / "imagesTr" / "tr_000_0000.nii.gz").stat().st_size > 0
     assert not (new / "imagesTr" / "tr_000_0000.nii.gz").is_symlink()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_test_cases_are_placed_anew_only_if_they_are_others(source, tmp_path, links, monkeypatch):
+    """A spec may name another data set with the same case names, e.g. cut images."""
+    if not links:
+        monkeypatch.setattr(module, "link", lambda a, b, copy=False: shutil.copy2(a, b))
+    (source / "imagesTr" / "tr_001.json").write_text('{"spacing": [1, 1, 1]}')  # as beside TIFF
+    names, target = ["tr_000", "tr_001"], tmp_path / "test"
+
+    def place(folder):
+        module.place_once(read_raw_dataset(folder, unlabeled=False), names, target)
+        return target.stat().st_ino
+
+    first = place(source)
+    assert {p.name for p in (target / "images").iterdir()} == {
+        *(f"{name}_000{channel}.nii.gz" for name in names for channel in (0, 1)),
+        "tr_001.json",
+    }
+    assert place(source) == first
+    other = source.with_name("Dataset902_Other")
+    shutil.copytree(source, other, copy_function=shutil.copy2)
+    os.utime(other / "labelsTr" / "tr_001.nii.gz", (1, 1))
+    place(other)
+    placed = target / "labels" / "tr_001.nii.gz"
+    assert placed.resolve().is_relative_to(other) if links else placed.stat().st_mtime == 1
