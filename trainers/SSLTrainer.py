@@ -114,7 +114,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         shares = "in [0, 1], low limits not above high ones"
         cls.require(cls.unsup_weight >= 0, "unsup_weight", "0 or more")
         rule = "auto or in [0, 1), since readiness looks at patches without boxes"
-        cls.require(cls.labeled_mix != 1, "labeled_mix", rule)
+        cls.require(cls.labeled_mix != 1 or cls.ready_high == 0, "labeled_mix", rule)
         start, end = cls.ramp()
         cls.require(0 <= start < 1, "warmup", "auto or in [0, 1)")
         rule = f"auto or between warmup and 1, here from {start:g}"

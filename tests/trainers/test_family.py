@@ -285,7 +285,8 @@ def test_no_unlabeled_weight_is_the_twin_exactly(name, mix, make_trainer):
 # pre-training by contrast has no annotations
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "SSLTrainerSPCLPretrain"])
 def test_every_trainer_can_mix_its_annotated_patches(name, make_trainer, monkeypatch):
-    trainer = start(make_trainer(f"{name}{FULL.get(name, '')}+labeled_mix=1"))
+    trainer = start(make_trainer(f"{name}{FULL.get(name, '')}+labeled_mix=0.5"))
+    monkeypatch.setattr(trainer, "mix_share", lambda: 1.0)
     mixed, mix = [], trainer.mix_labeled
     monkeypatch.setattr(trainer, "mix_labeled", lambda *args: mixed.append(mix(*args)) or mixed[-1])
     trainer.train_step(next(trainer.dataloader_train))

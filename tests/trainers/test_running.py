@@ -344,7 +344,7 @@ def test_auto_mixes_where_annotated_scans_hold_few_patches(
     assert len(said) == 1 and f"in {share:.0%} of the steps" in said[0]
 
 
-@pytest.mark.parametrize(("share", "times"), [(0, 0), (0.5, 2), (1, 4)])
+@pytest.mark.parametrize(("share", "times"), [(0, 0), (0.5, 2), (0.95, 4)])
 def test_so_many_steps_mix_their_annotated_patches(share, times, make_trainer, monkeypatch):
     trainer = start(make_trainer(f"SSLTrainer+labeled_mix={share}", configuration="2d"))
     seen, losses = [], trainer.losses
@@ -363,6 +363,12 @@ def test_so_many_steps_mix_their_annotated_patches(share, times, make_trainer, m
         # readiness is scaled for patches as scans have them
         assert torch.equal(size, before) == seen[-1].mixed_l
     assert sum(batch.mixed_l for batch in seen) == times
+
+
+def test_readiness_needs_patches_without_boxes(make_trainer):
+    with pytest.raises(UserError, match=r"labeled_mix .*\[0, 1\)"):
+        make_trainer("SSLTrainer+labeled_mix=1")
+    make_trainer("SSLTrainerSupervised+labeled_mix=1")
 
 
 def test_a_training_too_short_for_unlabeled_scans_says_so(nnunet, make_trainer, monkeypatch):
