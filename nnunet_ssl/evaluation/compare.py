@@ -91,14 +91,16 @@ def compare(
     folders = {name: environment_folder(name) for name in FOLDERS}
     base = folders["nnUNet_preprocessed"] / raw.folder.name
     record = read_record(raw.folder)
-    pool = check_ready(raw, record, base, configuration, plans)
+    check_ready(raw, record)
+    pool = pool_of(base, configuration, plans)
+    units = "voxel" if record and not record.spacing_known else "mm"
     if not has_device(device):
         raise UserError("-device cuda (the default): no CUDA GPU found here. Add: -device cpu")
     splits = ensure_splits(raw.folder, base, list(raw.labeled), for_scores=True)
     cells = expand(trainers, splits, len(raw.labeled))
     plan = {
         folder / "cells" / cell.id: cell_task(
-            cell, raw, splits, configuration, plans, device, folder, folders, workers, pool
+            cell, raw, splits, configuration, plans, device, folder, folders, workers, pool, units
         )
         for cell in cells
     }
@@ -129,14 +131,8 @@ def compare(
     return int(failed)
 
 
-def check_ready(
-    raw: RawDataset, record: Record | None, base: Path, configuration: str, plans: str
-) -> str:
-    """Return a hash of the unlabelled scans.
-
-    Raises:
-        UserError: nothing to validate on, or not preprocessed.
-    """
+def check_ready(raw: RawDataset, record: Record | None) -> None:
+    """Raise UserError unless there is something to validate on."""
     if len(raw.labeled) < 2:
         raise UserError(
             f"{raw.folder} has 1 annotated case, so nothing is left to validate on. Annotate at "
@@ -148,6 +144,14 @@ def check_ready(
             f"{record.path} counts all {len(raw.labeled)} annotated cases as one group (patient), "
             f"{groups.pop()}, so nothing is left to validate on. Annotate a scan of another one."
         )
+
+
+def pool_of(base: Path, configuration: str, plans: str) -> str:
+    """Return a hash of the unlabelled scans.
+
+    Raises:
+        UserError: not preprocessed.
+    """
     manifest = read_manifest(base, read_plans(base, plans, configuration), configuration)
     pool = json.dumps(manifest["cases"], sort_keys=True)
     return hashlib.sha256(pool.encode()).hexdigest()[:12]
@@ -217,10 +221,10 @@ def cell_task(
     folders: Mapping[str, Path],
     workers: int,
     pool: str,
+    units: str,
 ) -> dict[str, Any]:
     """Train one fold, score its validation; `pool` tells the unlabelled scans apart."""
-    name, record = raw.folder.name, read_record(raw.folder)
-    units = "voxel" if record and not record.spacing_known else "mm"
+    name = raw.folder.name
     model = folders["nnUNet_results"] / name / f"{cell.trainer}__{plans}__{configuration}"
     fold = splits[int(cell.fold)]
     train = ["nnUNetv2_train", str(int(name[7:10])), configuration, cell.fold]
