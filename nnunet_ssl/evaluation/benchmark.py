@@ -47,12 +47,14 @@ from nnunet_ssl.io import write_json, write_text
 from nnunet_ssl.planning.api import plans_name_of
 from nnunet_ssl.planning.raw import RawDataset, inspect_case, list_cases
 from nnunet_ssl.planning.splits import (
+    Record,
     draw_labeled,
     members_of,
     place_once,
     read_annotated,
     read_case_list,
     read_groups,
+    read_record,
     take_test,
 )
 from nnunet_ssl.planning.workers import Workers, processes_for
@@ -171,14 +173,14 @@ def read_data(spec: Spec) -> Data:
     """
     source = find_source(spec)
     raw = read_annotated(source)
-    converted = read_conversion(source)
-    if converted and converted["protocol"] != spec.protocol:
+    record = read_record(source)
+    if record and record.protocol and record.protocol != spec.protocol:
         raise spec.error(
             "protocol",
-            f"is {spec.protocol}, but {source} was converted as {converted['protocol']}. Correct "
+            f"is {spec.protocol}, but {source} was converted as {record.protocol}. Correct "
             f"one of them; the two are never mixed.",
         )
-    if not converted.get("spacing_known", True) and spec.units != "voxel":
+    if record and not record.spacing_known and spec.units != "voxel":
         raise spec.error(
             "evaluate",
             f"distances in mm, but {source} was converted from files without spacing. Write "
@@ -189,7 +191,7 @@ def read_data(spec: Spec) -> Data:
     order = (
         read_case_list(spec.order, raw)
         if spec.order
-        else list(converted.get("order") or sorted(raw.labeled))
+        else list((record and record.order) or sorted(raw.labeled))
     )
     absent = [case for case in order if case not in raw.labeled]
     if absent:
@@ -197,7 +199,7 @@ def read_data(spec: Spec) -> Data:
             f"{source / 'conversion.json'} orders {absent[0]}, which is not in imagesTr. Convert "
             f"the data set again, without --labeled."
         )
-    groups = read_groups(spec.groups) if spec.groups else converted.get("groups") or None
+    groups = read_groups(spec.groups) if spec.groups else (record and record.groups) or None
     images = labels = None
     training, names = take_test(order, 0, groups)
     try:
@@ -207,7 +209,7 @@ def read_data(spec: Spec) -> Data:
         elif spec.test.names is not None:
             training, names = take_test(order, read_case_list(spec.test.names, raw), groups)
         else:
-            images, labels = held_out_folders(spec, source, converted)
+            images, labels = held_out_folders(spec, source, record)
     except UserError as error:
         raise spec.error("test", str(error)) from error
     if images and labels:
@@ -262,27 +264,17 @@ def find_source(spec: Spec) -> Path:
     )
 
 
-def read_conversion(source: Path) -> dict:
-    """Return conversion.json, empty if the data set was not made by our converters."""
-    path = source / "conversion.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}. Convert the data set again.") from error
-
-
-def held_out_folders(spec: Spec, source: Path, converted: Mapping) -> tuple[Path, Path]:
+def held_out_folders(spec: Spec, source: Path, record: Record | None) -> tuple[Path, Path]:
     """Return folders with images and masks of test cases that are not in the source."""
     if spec.test.folders:
         return spec.test.folders
     part = spec.test.part
-    if not converted:
+    if record is None or record.heldout is None:
         raise UserError(
             f"{source} has no conversion.json, which tells where its {part} cases are. Make it "
             f"with nnunet_ssl convert, or use last, list, or images and labels."
         )
-    held = Path(converted["heldout"])
-    images, labels = held / f"{part}_images", held / f"{part}_labels"
+    images, labels = (record.heldout / f"{part}_{kind}" for kind in ("images", "labels"))
     if not images.is_dir():
         raise UserError(f"{images} does not exist. Convert the data set again.")
     return images, labels

@@ -41,6 +41,7 @@ class Record:
         order: training cases in their order; empty if it tells none.
         protocol: "raw", or how images were cut with the help of an annotation; empty if not told.
         spacing_known: False where spacings are made up.
+        heldout: folder with the test cases; None if not told.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Record:
     order: list[str]
     protocol: str = ""
     spacing_known: bool = True
+    heldout: Path | None = None
 
 
 def read_record(raw_folder: Path) -> Record | None:
@@ -73,7 +75,14 @@ def read_record(raw_folder: Path) -> Record | None:
         order = [str(c) for c in order] if isinstance(order, list) else []
         protocol = str(told.get("protocol") or "")
         if groups or order or protocol:
-            return Record(path, groups, order, protocol, bool(told.get("spacing_known", True)))
+            return Record(
+                path,
+                groups,
+                order,
+                protocol,
+                spacing_known=bool(told.get("spacing_known", True)),
+                heldout=Path(told["heldout"]) if told.get("heldout") else None,
+            )
     return None
 
 

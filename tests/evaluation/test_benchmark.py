@@ -148,10 +148,17 @@ def test_draws_share_test_cases_and_no_nnunet_folder_holds_them(place, commands,
     assert all(f"-i {out / 'test' / 'images'}" in c for c in predictions)
 
 
-def test_groups_are_budget_and_test(place, commands, run):
-    table = "case,group\n" + "".join(f"tr_{i:03d},p{i // 2}\n" for i in range(8))
-    (place / "groups.csv").write_text(table)
-    new = "source: Dataset901_Toy\n  groups: groups.csv"
+@pytest.mark.parametrize("told_by", ["groups.csv", "conversion.json", "split.json"])
+def test_groups_are_budget_and_test(place, commands, run, told_by):
+    groups = {f"tr_{i:03d}": f"p{i // 2}" for i in range(8)}
+    new = "source: Dataset901_Toy"
+    if told_by == "groups.csv":
+        rows = "".join(f"{case},{group}\n" for case, group in groups.items())
+        (place / "groups.csv").write_text("case,group\n" + rows)
+        new += "\n  groups: groups.csv"
+    else:
+        path = place / "source" / "Dataset901_Toy" / told_by
+        path.write_text(json.dumps({"groups": groups}))
     text = SPEC.replace("source: Dataset901_Toy", new).replace("last: 2", "last: 1")
     (place / "toy.yaml").write_text(text.replace("[2]", "[1]"))
     run_benchmark(place / "toy.yaml", place / "out")
