@@ -716,11 +716,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             strong = torch.where(channels & ~valid, 0, strong)
         return strong
 
-    def keep_largest(self, labels: Tensor, mode: str) -> Tensor:
-        """Keep the largest connected component of each class, per sample.
+    def keep_largest(self, labels: Tensor, valid: Tensor, mode: str) -> Tensor:
+        """Keep the largest connected component of each class, per sample; the rest is background.
 
         Args:
             labels: hard pseudo-labels, (B, 1, *), or (B, R, *) bool for regions.
+            valid: (B, 1, *) bool, False on padding: what a network sees there is no piece.
             mode: "on" filters all classes, "off" none, "auto" those that are one piece in nearly
                 all annotated training cases (2D: slices): `pieces_share` of at least `pieces_seen`.
         """
@@ -732,6 +733,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         chosen = list(foreground) if mode == "on" else self._single_piece
         if not chosen:
             return labels
+        labels = labels * valid
         if not self.regions:
             return largest_component(labels, self.num_heads, chosen)
         filtered = labels.clone()

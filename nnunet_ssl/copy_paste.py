@@ -78,7 +78,8 @@ class CopyPasteTrainer(SemiSupervisedTrainer):
         self.track("weight", self.unsup_weight)
         self.track_pseudo_labels(prob, batch.valid_u, batch.valid_u)
         # Deviates: filtered only where classes are one piece; BCP filters all
-        return self.keep_largest(hard_labels(prob, self.regions), self.largest_component)
+        labels = hard_labels(prob, self.regions)
+        return self.keep_largest(labels, batch.valid_u, self.largest_component)
 
     def mix_loss(
         self, output: Any, batch: Batch, pseudo_label: Tensor, true_voxels: Tensor

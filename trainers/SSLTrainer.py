@@ -340,7 +340,7 @@ class SSLTrainer(SemiSupervisedTrainer):
         small = self.patch_share(of_slice=True) < LEAST_PATCH
         if mode == "auto" and (small or self.label_manager.has_ignore_label):
             mode = "off"  # Deviates: BCP keeps the largest of every class in every patch
-        return labels if mode == "off" else self.keep_largest(labels * valid, mode)
+        return labels if mode == "off" else self.keep_largest(labels, valid, mode)
 
     def strong_view(
         self, x: Tensor, pseudo_label: Tensor, counted: Tensor, valid: Tensor

@@ -198,12 +198,12 @@ class SSLTrainerCAD(CopyPasteTrainer):
         return (
             View(
                 torch.where(true_voxels, batch.x_l, x_u),
-                self.keep_largest(weak_label, mode),
+                self.keep_largest(weak_label, batch.valid_u, mode),
                 torch.ones_like(true_voxels),
             ),
             View(
                 torch.where(true_voxels, strong_l, strong_u),
-                self.keep_largest(strong_label, mode),
+                self.keep_largest(strong_label, batch.valid_u, mode),
                 ~torch.where(true_voxels, erased_l, erased_u),
             ),
         )

@@ -624,7 +624,7 @@ def test_pieces_are_looked_for_only_when_pseudo_labels_count(nnunet, make_traine
     trainer._unlabeled_active.value = True
     batch = next_batch(trainer)
     filtered = []
-    monkeypatch.setattr(trainer, "keep_largest", lambda x, mode: filtered.append(mode) or x)
+    monkeypatch.setattr(trainer, "keep_largest", lambda x, valid, mode: filtered.append(mode) or x)
     for step, times in ((3, 0), (6, 1)):
         trainer.step = step
         values(trainer.losses(batch))
@@ -667,6 +667,19 @@ def test_smaller_pieces_become_background(mode, dataset, share, kept, make_train
     padded[..., 2:6, 2:6] = False
     left = trainer.keep_pieces(label, padded)[padded]
     assert torch.equal(left, label[padded])
+
+
+@pytest.mark.parametrize("dataset", ["Toy", "Regions"])
+def test_what_a_teacher_sees_in_padding_is_no_piece_for_copy_paste_methods(make_trainer, dataset):
+    trainer = start(make_trainer("SSLTrainerBCP+largest_component=on", dataset, "2d"))
+    batch = next_batch(trainer)
+    batch.valid_u = torch.ones(1, 1, 32, 32, dtype=torch.bool)
+    prob, label = two_pieces(trainer)
+    if trainer.regions:
+        prob = (label == 1) * 0.9 + torch.zeros_like(prob)
+    for large_one_in_padding, kept in ((False, 16), (True, 4)):
+        batch.valid_u[..., 2:6, 2:6] = not large_one_in_padding
+        assert (trainer.pseudo_labels(prob, batch)[:, -1] > 0).sum() == kept
 
 
 def test_few_annotated_cases_do_not_tell_that_a_class_is_one_piece(make_trainer):
