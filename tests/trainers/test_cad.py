@@ -157,7 +157,13 @@ def test_labels_of_noise_do_not_decide_which_piece_is_largest(make_trainer, monk
         return teacher_prob(x)
 
     monkeypatch.setattr(trainer, "teacher_prob", seen_by_teacher)
-    monkeypatch.setattr(trainer, "keep_largest", lambda x, valid, mode: filtered.append(x) or x)
+
+    def unfiltered(labels, valid, mode):
+        assert valid is data.valid_u
+        filtered.append(labels)
+        return labels
+
+    monkeypatch.setattr(trainer, "keep_largest", unfiltered)
     _, strong = trainer.make_views(data, torch.zeros_like(data.valid_l))
     weak_label, strong_label = filtered
     noise = (~strong.kept).expand_as(weak_label)
