@@ -11,6 +11,7 @@ import math
 import os
 import random
 import shlex
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ from nnunet_ssl.two_stages import FINAL, pretraining_of
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 WORK = "self_training"  # in the results folder of the first round's data set
 SETTINGS, ROUNDS, ANATOMY = "settings.json", "rounds.json", "anatomy.json"
+ANNOTATED = "annotated"  # key in settings.json
 PROBES, PROBE_SEED = 20, 0
 LEAST_CHANGE = 0.01  # of the probes' foreground, below which another round is not worth it
 
@@ -216,7 +218,7 @@ def pseudo_label(
     )
     make_folder(run.work)
     with locked(run.work):
-        write_json(run.settings(), run.work / SETTINGS)
+        write_json({**run.settings(), ANNOTATED: checksums(run.raw)}, run.work / SETTINGS)
         where: Launcher = (
             SubmititLauncher(run.work / "submitit", run.device)
             if run.launcher == "slurm"
@@ -393,7 +395,7 @@ def check_folders(run: Run) -> None:
     """Check that ids are free, or were taken by this run.
 
     Raises:
-        UserError: an id is taken, or a run there was begun otherwise.
+        UserError: an id is taken, or a run there was begun otherwise or with other annotations.
     """
     path, begun = run.work / SETTINGS, run.work.is_dir()
     if path.is_file():
@@ -404,10 +406,23 @@ def check_folders(run: Run) -> None:
                     f"The run in {run.work} has begun with {key} {before[key]}, now it is {value}. "
                     f"Give another id with -o, or put {key} back."
                 )
+        masks = checksums(run.raw)
+        changed = sorted(set(masks.items()) ^ set(before[ANNOTATED].items()))
+        if changed:
+            raise UserError(
+                f"The annotation of {changed[0][0]} in {run.raw.folder} is not the one that the "
+                f"run in {run.work} has begun with; its models do not know the new one. "
+                f"Preprocess again and give another id with -o, or put the annotation back."
+            )
     for number in range(1, run.rounds + 1):
         ours = begun and (number == 1 or (run.folders["nnUNet_raw"] / run.dataset(number)).is_dir())
         if not ours:
             check_id_free(run.new_id + number - 1)
+
+
+def checksums(raw: RawDataset) -> dict[str, int]:
+    """Return the checksum of each annotated case's mask file."""
+    return {case: zlib.crc32(mask.read_bytes()) for case, mask in raw.masks.items()}
 
 
 def check_first_teacher(run: Run) -> None:

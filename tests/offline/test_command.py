@@ -322,6 +322,17 @@ def test_a_run_that_was_begun_otherwise(own, segmenting, trainings):
         run(rounds=1, drop=0.3)
 
 
+def test_an_annotation_that_was_corrected_on_the_way(own, segmenting, trainings):
+    assert run(rounds=1) == 0
+    path = own / "nnUNet_raw/Dataset901_Toy/labelsTr/tr_001.nii.gz"
+    before, image = path.read_bytes(), sitk.ReadImage(str(path))
+    sitk.WriteImage(image * 0, str(path))
+    with pytest.raises(UserError, match=r"The annotation of tr_001 .* is not the one"):
+        run(rounds=2)
+    path.write_bytes(before)
+    assert run(rounds=1) == 0
+
+
 # --- killed and started again -------------------------------------------------------------------
 
 
