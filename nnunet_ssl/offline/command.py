@@ -407,7 +407,7 @@ def check_folders(run: Run) -> None:
                     f"Give another id with -o, or put {key} back."
                 )
         masks = checksums(run.raw)
-        changed = sorted(set(masks.items()) ^ set(before[ANNOTATED].items()))
+        changed = sorted(set(masks.items()) ^ set(before.get(ANNOTATED, masks).items()))
         if changed:
             raise UserError(
                 f"The annotation of {changed[0][0]} in {run.raw.folder} is not the one that the "
