@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,11 @@ class Run:
         """Folder of what teacher `number` made for a fold."""
         return self.work / f"teacher{number}" / f"fold_{fold}"
 
+    @cached_property
+    def checksums(self) -> dict[str, int]:
+        """Checksum of each annotated case's mask file."""
+        return {case: zlib.crc32(mask.read_bytes()) for case, mask in self.raw.masks.items()}
+
     def settings(self) -> dict[str, Any]:
         """Return what a run that goes on must have in common with its beginning."""
         names = ["configuration", "plans", "trainer", "folds", "joint", "new_id"]
@@ -218,7 +224,7 @@ def pseudo_label(
     )
     make_folder(run.work)
     with locked(run.work):
-        write_json({**run.settings(), ANNOTATED: checksums(run.raw)}, run.work / SETTINGS)
+        write_json({**run.settings(), ANNOTATED: run.checksums}, run.work / SETTINGS)
         where: Launcher = (
             SubmititLauncher(run.work / "submitit", run.device)
             if run.launcher == "slurm"
@@ -406,8 +412,8 @@ def check_folders(run: Run) -> None:
                     f"The run in {run.work} has begun with {key} {before[key]}, now it is {value}. "
                     f"Give another id with -o, or put {key} back."
                 )
-        masks = checksums(run.raw)
-        changed = sorted(set(masks.items()) ^ set(before.get(ANNOTATED, masks).items()))
+        known = before.get(ANNOTATED, run.checksums)
+        changed = sorted(set(run.checksums.items()) ^ set(known.items()))
         if changed:
             raise UserError(
                 f"The annotation of {changed[0][0]} in {run.raw.folder} is not the one that the "
@@ -418,11 +424,6 @@ def check_folders(run: Run) -> None:
         ours = begun and (number == 1 or (run.folders["nnUNet_raw"] / run.dataset(number)).is_dir())
         if not ours:
             check_id_free(run.new_id + number - 1)
-
-
-def checksums(raw: RawDataset) -> dict[str, int]:
-    """Return the checksum of each annotated case's mask file."""
-    return {case: zlib.crc32(mask.read_bytes()) for case, mask in raw.masks.items()}
 
 
 def check_first_teacher(run: Run) -> None:
