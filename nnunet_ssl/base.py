@@ -351,7 +351,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.initialize()
         self.check_data()
         super().on_train_start()
-        if self.device.type == "cpu" and self.bf16_on_cpu and not cpu_has_bf16():
+        if self.device.type == "cpu" and self.bf16_on_cpu and self.precision == "float32":
             self.print_to_log_file(
                 "WARNING: this CPU has no bfloat16, so bf16_on_cpu has no effect: float32 is used."
             )
@@ -896,12 +896,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.ema_decay is not None:
             self.teacher.eval()
 
+    @property
+    def precision(self) -> str:
+        """Type of the numbers that most layers compute in: float16, bfloat16 or float32."""
+        if self.device.type == "cuda":
+            return "float16"
+        bf16 = self.device.type == "cpu" and self.bf16_on_cpu and cpu_has_bf16()
+        return "bfloat16" if bf16 else "float32"
+
     def _autocast(self, cache: bool = False) -> AbstractContextManager:
         # No cache of cast weights in a step: before PyTorch 2.10 one that was filled without
         # gradient cuts the gradient of a later pass through the same network.
-        if self.device.type == "cuda":
+        if self.precision == "float16":
             return torch.autocast("cuda", cache_enabled=cache)
-        if self.device.type == "cpu" and self.bf16_on_cpu and cpu_has_bf16():
+        if self.precision == "bfloat16":
             return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
         return nullcontext()
 
@@ -1112,6 +1120,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "pseudo_dice": self._pseudo_dice,
             "drift": self.measure_drift(),
             "patches": patches,
+            "precision": self.precision,
             "steps_without_pseudo": self._dropped_pseudo,
             "steps_left_out": self._skipped_steps,
         }

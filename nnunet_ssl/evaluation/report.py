@@ -586,8 +586,11 @@ def notes(runs: Runs, tables: Sequence[tuple[tuple[int, str], list[Row]]]) -> li
             ("commits", "commit"),
             ("versions", "versions"),
             ("hardware", "hardware"),
+            ("number formats", "precision"),
         ):
-            values = {settled(cell.get(key)) for cell in cells}
+            # stock rows do not tell their number format
+            told = [cell for cell in cells if key != "precision" or cell.get(key)]
+            values = {settled(cell.get(key)) for cell in told}
             if len(values) > 1:
                 effect = " Times are not comparable." if key == "hardware" else ""
                 found.append(
@@ -677,10 +680,10 @@ def settled(value: Any) -> str:
 
 
 def environments(runs: Runs) -> list[dict[str, Any]]:
-    """Commit, versions and hardware, with the runs that share them."""
+    """Commit, versions, hardware and number format, with the runs that share them."""
     groups: dict[str, dict[str, Any]] = {}
     for cell in runs.done:
-        parts = {key: cell.get(key) for key in ("commit", "versions", "hardware")}
+        parts = {k: cell.get(k) for k in ("commit", "versions", "hardware", "precision")}
         key = "".join(settled(value) for value in parts.values())
         groups.setdefault(key, {**parts, "cells": []})["cells"].append(cell)
     return list(groups.values())

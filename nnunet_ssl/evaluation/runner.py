@@ -33,7 +33,15 @@ ASK = 60  # seconds between two looks at Slurm's queue
 VANISHED = 300  # seconds that Slurm may not know a job; longer than shared file systems lag behind
 LAST_LINES = 15
 # what training tells, beside its seconds
-FACTS = ("peak_memory_mb", "patches_per_second", "patches", "commit", "versions", "hardware")
+FACTS = (
+    "peak_memory_mb",
+    "patches_per_second",
+    "patches",
+    "commit",
+    "versions",
+    "hardware",
+    "precision",
+)
 
 
 class Launcher(Protocol):

@@ -233,6 +233,8 @@ def training_facts(task: dict, folder: Path) -> dict:
     patches = {kind: sum(r["patches"][kind] for r in records) for kind in ("labeled", "unlabeled")}
     seconds = sum(r["seconds"] for r in records)
     peaks = [r["gpu_peak_mb"] for r in records if "gpu_peak_mb" in r]
+    # a continued run may have changed its machine; runs of earlier versions do not tell
+    precisions = sorted({r["precision"] for r in records if "precision" in r})
     if not records:  # nnU-Net's own trainer
         log = (folder / LOGS / "train.log").read_text(errors="replace")
         seconds = sum(float(s) for s in re.findall(rf"{EPOCH_ENDS}([\d.]+)", log))
@@ -244,6 +246,7 @@ def training_facts(task: dict, folder: Path) -> dict:
         "peak_memory_mb": {"gpu": max(peaks, default=None), "host": peak_of_children()},
         "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "hardware": hardware(options["device"]),
+        "precision": ", ".join(precisions) or None,
     }
 
 

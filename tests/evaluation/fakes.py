@@ -32,6 +32,7 @@ EPOCH = {
     "pseudo_dice": {"student": [0.5, 0.6]},
     "patches": {"labeled": 4, "unlabeled": 6},
     "gpu_peak_mb": 70,
+    "precision": "float16",
 }
 
 

@@ -112,6 +112,7 @@ def test_tables_hold_every_cell(place, commands, run, capsys):
     assert method["seconds"]["train"] == 4.0 and method["patches_per_second"] == 5.0
     assert method["peak_memory_mb"]["gpu"] == 70 and method["step_cost"] == pytest.approx(7 / 3)
     assert method["versions"]["nnunetv2"] and method["hardware"]["cores"] == 1
+    assert method["precision"] == "float16"
     for key in ("predictions", "ssl_log", "log"):
         assert (place / "out" / method[key]).exists() and not Path(method[key]).is_absolute()
     assert str(place) not in (place / "out" / "runs.json").read_text(encoding="utf-8")

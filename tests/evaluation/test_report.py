@@ -296,6 +296,17 @@ def test_different_commits_and_hardware_are_told(tmp_path):
     assert "changes of the code that no commit holds" in text
 
 
+def test_different_number_formats_are_told_and_unknown_ones_are_none(tmp_path):
+    cells = block()
+    cells[0] |= {"precision": "bfloat16"}
+    cells[1] |= {"precision": None}
+    one = page(make_folder(tmp_path / "one", cells, scores), tmp_path)[1]
+    assert "number formats" not in one and "trained in bfloat16" in one
+    cells[1] |= {"precision": "float32"}
+    two = page(make_folder(tmp_path / "two", cells, scores), tmp_path)[1]
+    assert "come from different number formats (2; see Runs below)" in two
+
+
 def test_one_draw_is_told(tmp_path):
     text = page(make_folder(tmp_path / "runs", block(draws=(0,)), scores), tmp_path)[1]
     assert "One draw of annotated cases only" in text

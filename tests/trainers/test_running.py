@@ -881,6 +881,7 @@ def test_a_pseudo_loss_that_is_not_finite_leaves_the_annotated_part_of_the_step(
     assert any("1 steps of this epoch learnt from the annotated" in line for line in trainer.said)
     record = trainer._history.records[-1]
     assert (record["steps_without_pseudo"], record["steps_left_out"]) == (1, 0)
+    assert record["precision"] == "float32"
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_told(spoilt, make_trainer):
@@ -1107,4 +1108,5 @@ def test_bfloat16_only_on_a_cpu_that_has_it(has_bf16, make_trainer, monkeypatch,
     trainer.student.register_forward_hook(lambda m, x, out: found.append(full_res(out).dtype))
     trainer.train_step(next(trainer.dataloader_train))
     assert found == [torch.bfloat16 if has_bf16 else torch.float32]
+    assert str(found[0]) == f"torch.{trainer.precision}"
     assert ("this CPU has no bfloat16" in capsys.readouterr().out) is not has_bf16
