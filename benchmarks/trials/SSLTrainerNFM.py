@@ -2,7 +2,7 @@
 
 Not a method of the package. To run it beside others, name this folder, too:
 
-    export nnUNet_extTrainer="$nnUNet_extTrainer:benchmarks/trials"
+    export nnUNet_extTrainer="$nnUNet_extTrainer:$PWD/benchmarks/trials"
 """
 
 from collections.abc import Iterator
