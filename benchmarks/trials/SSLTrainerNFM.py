@@ -36,7 +36,7 @@ class SSLTrainerNFM(SemiSupervisedTrainer):
     step_cost: ClassVar[float] = 7 / 3
 
     labeled_mix: float | Literal["auto"] = "auto"  # as the default it stands beside
-    warmup: float = 0.3333  # fraction of training on labelled scans only
+    warmup: float = 0.3333  # Deviates: 2 to 7 %; fraction of training on labelled scans only
     teacher_labels: bool = False  # the average of the weights labels, once for all scales
 
     def needs_unlabeled(self, progress: float) -> bool:
@@ -49,7 +49,7 @@ class SSLTrainerNFM(SemiSupervisedTrainer):
             yield {"sup": self.loss(self.student(batch.x_l), batch.y_l)}
             return
         x = batch.views["stock"]
-        turns = torch.randint(1, 4, (len(x),))
+        turns = torch.randint(1, 4, (len(x),))  # Deviates: no flips later on
         with torch.no_grad():
             if self.teacher_labels:
                 label = apply_rot90(hard_labels(self.teacher_prob(x), self.regions), turns).float()

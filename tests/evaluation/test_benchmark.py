@@ -190,6 +190,7 @@ def test_extra_rows_see_annotated_cases_only(place, commands, run):
     assert "-p nnUNetPlans " in cells["stock"]["commands"][0]
     assert cells["stock"]["seconds"]["train"] == 2.5  # from nnU-Net's own log
     assert cells["stock"]["patches"] == {"labeled": 1000 * 250 * 2, "unlabeled": 0}
+    assert cells["stock"]["precision"] is None  # its log does not tell
 
 
 def test_reproducible_loading_does_not_reach_the_planner(place, commands, run, monkeypatch):
