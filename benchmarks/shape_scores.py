@@ -121,7 +121,8 @@ def score(head: np.ndarray, prob: np.ndarray) -> dict[str, float] | None:
     ellipses = fit_ellipses(p > THRESHOLD, valid)
     if not ellipses.found.all():
         return None
-    _, refined = refine_by_ellipse(p, ellipse_distance(ellipses, p.shape[2:]), THRESHOLD)
+    distance = ellipse_distance(ellipses, p.shape[2:])
+    _, refined = refine_by_ellipse(p, distance, THRESHOLD)
     decided = p > 0.5
     boundary, contour = released_scores(p)[0].tolist()
     return {
@@ -129,7 +130,7 @@ def score(head: np.ndarray, prob: np.ndarray) -> dict[str, float] | None:
         "released boundary": boundary,
         "released contour": contour,
         "corrected boundary": boundary_excess(p, valid).item(),
-        "corrected contour": contour_roughness(decided, valid).item(),
+        "corrected contour": contour_roughness(decided, distance <= 1, valid).item(),
         "residual": 1 - dice(decided.numpy(), refined.numpy()),
     }
 
@@ -154,7 +155,10 @@ def draw(annotation: Path, path: Path) -> None:
     _, refined = refine_by_ellipse(p, distance, THRESHOLD)
     mirror = mirror_at(ellipses, p.shape[2:])
     torch.manual_seed(4)
-    halves = [mirrored_image(x, refined, mirror, side, True) for side in ("left", "right")]
+    halves = [
+        mirrored_image(x, refined, torch.ones_like(refined), mirror, side, True)
+        for side in ("left", "right")
+    ]
     figure, axes = plt.subplots(1, 5, figsize=(12, 2.7), layout="constrained")
     titles = (
         "image",

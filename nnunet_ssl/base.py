@@ -272,6 +272,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._meter = Meter()
         self._skipped_steps = 0  # of this epoch, as the next one
         self._dropped_pseudo = 0
+        self._at_fault = False  # whether losses of this step, not their scale, were not finite
         self._patches = {"labeled": 0, "unlabeled": 0}  # seen in this epoch
         self._observed: dict[str, list[Tensor]] = defaultdict(list)
         self._unlabeled_active = Value("b", False)
@@ -712,8 +713,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         )
         masked = self.configuration_manager.use_mask_for_norm
         if any(masked):
-            channels = torch.tensor(masked, device=x.device).view(1, -1, *[1] * (x.ndim - 2))
-            strong = torch.where(channels & ~valid, 0, strong)
+            channels = torch.tensor(masked).to(x.device, non_blocking=True)
+            strong = torch.where(channels.view(1, -1, *[1] * (x.ndim - 2)) & ~valid, 0, strong)
         return strong
 
     def keep_largest(self, labels: Tensor, valid: Tensor, mode: str) -> Tensor:
@@ -931,11 +932,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             boxes = random_boxes(len(data.x_l), spatial, *LABELED_BOX, device=self.device)
             data = self.mix_labeled(data, boxes)
         step_terms: dict[str, Tensor] = {}
-        stepped = False
+        stepped, self._at_fault = False, False
         for phase in self._phases:
             stepped |= self._run_phase(phase, data, step_terms)
-        if self.grad_scaler is not None and stepped:
-            self.grad_scaler.update()
+        if stepped:
+            self._update_scale(self._at_fault)
         for name, value in step_terms.items():
             self._meter.add(f"terms/{name}", value)
         self.after_step(self._observed)
@@ -958,20 +959,26 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not finite and len({name.startswith("sup") for name in terms}) == 2:
             # what the annotated patches teach is not lost with the rest
             self._observed = defaultdict(list, observed)
-            if self.grad_scaler is not None:
-                self.grad_scaler.update()  # with a lower scale; gradients may be unscaled anew
+            self._update_scale(at_fault)  # from here on gradients may be unscaled anew
             terms = self._backpropagate(phase, batch, only="sup")
             finite = self._clip(phase)
             self._dropped_pseudo += finite and at_fault
             at_fault = not finite and self._are_at_fault(terms)
         for name, value in terms.items():
             step_terms[name] = step_terms[name] + value if name in step_terms else value
-        if self.grad_scaler is not None:
-            self.grad_scaler.step(phase.optimizer)  # leaves out a step that is not finite
-        elif finite:
+        if finite:
             phase.optimizer.step()
+        self._at_fault |= at_fault
         self._skipped_steps += at_fault
         return True
+
+    def _update_scale(self, at_fault: bool) -> None:
+        """Let the gradient scaler follow what it found, but not where its scale is not at fault.
+
+        Halved for each loss that is not finite, it would end at 0, and with it all gradients.
+        """
+        if self.grad_scaler is not None:
+            self.grad_scaler.update(self.grad_scaler.get_scale() if at_fault else None)
 
     def _are_at_fault(self, terms: Terms) -> bool:
         """Tell whether gradients that are not finite are so without their scale, too.

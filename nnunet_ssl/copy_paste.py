@@ -69,7 +69,7 @@ class CopyPasteTrainer(SemiSupervisedTrainer):
         # Deviates: a random half, not BCP's first: nnU-Net forces foreground into the centre of the
         # last patches, and a box of 2/3 of each side covers every centre.
         half = (len(inside) + int(torch.randint(2, ()))) // 2
-        first = (torch.randperm(len(inside)) < half).to(inside.device)
+        first = (torch.randperm(len(inside)) < half).to(inside.device, non_blocking=True)
         return inside == first.view(-1, *[1] * (inside.ndim - 1))
 
     def pseudo_labels(self, prob: Tensor, batch: Batch) -> Tensor:
@@ -84,7 +84,7 @@ class CopyPasteTrainer(SemiSupervisedTrainer):
     def mix_loss(
         self, output: Any, batch: Batch, pseudo_label: Tensor, true_voxels: Tensor
     ) -> Terms:
-        """Return the loss of the second stage, each side of the mixes by its own size.
+        """Return the loss of the second stage: true and pseudo-labelled voxels, each by their number.
 
         Args:
             output: the student's on the mixes.
@@ -95,7 +95,8 @@ class CopyPasteTrainer(SemiSupervisedTrainer):
         assert batch.valid_u is not None
         pseudo_voxels = ~true_voxels & batch.valid_u
         self.track_agreement(output, pseudo_label, pseudo_voxels)
-        # Deviates: published as half of CE + Dice, with background in the Dice
+        # Deviates: published as half of CE + Dice, with background in the Dice, and as the sum of
+        # the two directions, so that a voxel inside boxes counts by their size
         sup = self.masked_loss(output, batch.target, true_voxels)
         unsup = self.masked_loss(output, self.as_target(pseudo_label), pseudo_voxels)
         return {"sup": sup, "unsup": self.unsup_weight * unsup}

@@ -155,8 +155,12 @@ def check_places(func: Any, args: tuple, kwargs: dict) -> None:
 
 
 def must_wait(func: Any, args: tuple, kwargs: dict) -> bool:
-    """Tell whether the host needs values of the device: numbers, how many, or a whole tensor."""
+    """Tell whether the host waits: for values of the device, or for a copy that goes there."""
     name, first = func._schema.name, args[0] if args else None
+    if name == "aten::_to_copy" and not is_there(first):
+        device = kwargs.get("device")
+        there = device is not None and device.type == NAME
+        return there and not kwargs.get("non_blocking")
     if not is_there(first):
         return name == "aten::copy_" and is_there(args[1])
     if name in INDEXING:
@@ -203,6 +207,8 @@ def make(op: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    if is_there(target) and not is_there(source) and not non_blocking:
+        waits.append("aten::_copy_from")
     values, place = (t.held if is_there(t) else t for t in (source, target))
     place.copy_(values)
     return target

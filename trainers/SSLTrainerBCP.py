@@ -23,16 +23,20 @@ class SSLTrainerBCP(CopyPasteTrainer):
            L = R(x; true voxels) + alpha R(x; pseudo-labelled voxels),       R = CE + Dice
            teacher <- 0.99 teacher + 0.01 student
 
-    Each region is normalised by its own size. No confidence threshold and no ramp-up, as released.
+    True and pseudo-labelled voxels are normalised apart. No confidence threshold and no ramp-up, as
+    released.
 
     Deviates: nnU-Net's Dice (without background) and CE + Dice instead of half their sum, which
-    scales the loss as nnU-Net's optimiser expects; 2B patches make B mixed ones, so memory is that
-    of the supervised run; both stages are one run, the second starting with the last weights and
-    not the best ones; which half of the batch gets which direction is drawn, not fixed; the largest
-    component is kept only for classes that are one piece in at least 95 % of the annotated training
-    cases (`largest_component=on` is the published form); no dropout in the teacher, nnU-Net has
-    none; padding of unlabelled patches does not count; nnU-Net's augmentation, and its optimiser,
-    whose steps are ten times as large (momentum 0.99 for 0.9).
+    scales the loss as nnU-Net's optimiser expects; the mean is over the labelled (pseudo-labelled)
+    voxels of both directions together, not over each and then the two, so what lies inside boxes
+    weighs by their size (0.3 in 3D, 0.44 in 2D, published 0.5); 2B patches make B mixed ones, so
+    memory is that of the supervised run; both stages are one run, the second starting with the last
+    weights and not the best ones; which half of the batch gets which direction is drawn, not fixed;
+    the largest component is kept only for classes that are one piece in at least 95 % of the
+    annotated training cases (`largest_component=on` is the published form); no dropout in the
+    teacher, nnU-Net has none; padding of unlabelled patches does not count, that of labelled ones
+    is background, as in nnU-Net; nnU-Net's augmentation, and its optimiser, whose steps are ten
+    times as large (momentum 0.99 for 0.9).
     """
 
     method: ClassVar[str] = "Bidirectional copy-paste"
@@ -61,6 +65,7 @@ class SSLTrainerBCP(CopyPasteTrainer):
             return
         x_u = batch.views["stock"]
         pseudo_label = self.pseudo_labels(self.teacher_prob(x_u), batch)
+        # Deviates: B mixes of 2B patches, published 2B
         true_voxels = self.random_directions(inside)
         output = self.student(torch.where(true_voxels, batch.x_l, x_u))
         yield self.mix_loss(output, batch, pseudo_label, true_voxels)

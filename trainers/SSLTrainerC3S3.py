@@ -48,16 +48,18 @@ class SSLTrainerC3S3(TwoNetworkTrainer):
     the first view keeps the graphs of both networks, while the second runs without a graph first
     and with one afterwards.
 
-    Deviates: architectures are nnU-Net's, plain and residual. The two views differ (as the text has
-    it): in the code they are one tensor, and without dropout cos would be 0. con pulls agreeing
-    voxels together as the text says; the released formula drives them apart
-    (`contrast=released+contrast_weight=8`, on voxels drawn alike instead of all). Contrast is
+    Deviates: architectures are nnU-Net's, plain and residual (one block a stage, published 3, 4, 6,
+    3), as are Dice, deep supervision (of sup only), batch, momentum 0.99 (published 0.9, so steps
+    are ten times as large) and the decay of the learning rate (published constant). The two views
+    differ (as the text has it): in the code they are one tensor, and without dropout cos would
+    be 0. con pulls agreeing voxels together as the text says; the released formula drives them
+    apart (`contrast=released+contrast_weight=8`, on voxels drawn alike instead of all). Contrast is
     within labelled and within unlabelled patches, one-vs-rest over classes, a class weighing in
-    with the voxels that both networks agree on; its weight is chosen.
-    The cosine is over classes, not along the last image axis. w ramps up over a quarter of
-    training; the published ramp needs 2.4 times the published training. Where patches hold no
-    foreground, CE alone decides who wins. Gradients are clipped for each network by itself. Padding
-    counts in sup only.
+    with the voxels that both networks agree on; its weight is chosen. The cosine is over classes,
+    not along the last image axis. w ramps up over a quarter of training; the published ramp needs
+    2.4 times the published training. The competition's Dice is over the batch and not squared;
+    where patches hold no foreground, CE alone decides who wins. Gradients are clipped for each
+    network by itself. Padding counts in sup only.
     """
 
     method: ClassVar[str] = "Complementary competition and contrastive selection"
@@ -68,12 +70,13 @@ class SSLTrainerC3S3(TwoNetworkTrainer):
     step_memory: ClassVar[float] = 2.0
 
     competition_weight: float = 0.1  # of cp, after the ramp-up
-    rampup: float = 0.25  # of cp, fraction of training
+    rampup: float = 0.25  # of cp, fraction of training; Deviates: 6000 steps in 2500
     ce_share: float = 0.5  # a, in the competition; published 0.8 (LA), 0.5 (Pancreas)
     sharpening: float = 0.1  # T
     view_weight: float = 1.0  # of cos
     contrast: Literal["intended", "released"] = "intended"
-    contrast_weight: float = 0.05  # lambda; not published, the released form has 8
+    # Deviates: lambda of the intended form is not published, the released one has 8
+    contrast_weight: float = 0.05
     contrast_temperature: float = 0.1  # tau
     contrast_samples: int = 1024  # voxels of the labelled, and of the unlabelled patches
     embedding: int = 64  # channels in which voxels are compared
@@ -84,7 +87,8 @@ class SSLTrainerC3S3(TwoNetworkTrainer):
         super().check_settings()
         for name in ("competition_weight", "rampup", "view_weight", "contrast_weight"):
             cls.require(getattr(cls, name) >= 0, name, "0 or more")
-        cls.require(0 <= cls.ce_share <= 1, "ce_share", "in [0, 1]")
+        rule = "above 0 and at most 1, since it decides alone where patches hold no foreground"
+        cls.require(0 < cls.ce_share <= 1, "ce_share", rule)
         cls.require(cls.sharpening > 0, "sharpening", "above 0")
         cls.require(cls.contrast_temperature >= 0.025, "contrast_temperature", "at least 0.025")
         for name in ("contrast_samples", "embedding"):
@@ -104,8 +108,10 @@ class SSLTrainerC3S3(TwoNetworkTrainer):
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the loss of each view of the labelled, then of the unlabelled patches."""
         scores: list[Tensor] = []
+        # Deviates: in the code both views are one tensor
         views = [batch.x_l, self.strong_intensity(batch.x_l, batch.valid_l)]
         supervised = partial(self.labeled_terms, batch=batch, scores=scores)
+        # Deviates: contrast within labelled and within unlabelled patches, published over both
         yield from self.joint(views, batch.valid_l, supervised, self.enable_deep_supervision)
         views = [batch.views["stock"], self.strong_intensity(batch.x_u, batch.valid_u)]
         competition = partial(self.unlabeled_terms, a_wins=scores[0] < scores[1])
@@ -155,6 +161,7 @@ class SSLTrainerC3S3(TwoNetworkTrainer):
         tapped = [self.tap(network, x) for network in (self.student, self.peer)]
         if places is None:
             labels = [hard_labels(full_res(t.output), regions=False) for t in tapped]
+            # Deviates: published over all voxels
             by_outcome = self.contrast == "intended"
             places = draw_places(*labels, valid, self.num_heads, self.contrast_samples, by_outcome)
         found: list[Tensor] = []

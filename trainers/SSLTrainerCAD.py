@@ -65,15 +65,15 @@ class SSLTrainerCAD(CopyPasteTrainer):
     an oversized region is clipped to its least confident window.
 
     Deviates from ABD: weak is nnU-Net's augmentation, since no weaker view of labelled patches is
-    made; strong adds intensity changes and a box of noise, where student 2 has nothing to teach
-    and learns from student 1 alone (ABD: background, or the teacher's label of the noise); the
-    source is always the closest of the candidates (ABD: in half of the samples the surest one);
-    nnU-Net's Dice and CE + Dice as in `SSLTrainerBCP`, its poly
+    made; strong adds intensity changes and a box of noise, where student 2 has nothing to teach and
+    learns from student 1 alone (ABD: background, or the teacher's label of the noise); the source
+    is always the closest of the candidates (ABD: in half of the samples the surest one); nnU-Net's
+    Dice and CE + Dice over both directions of the mixes together, as in `SSLTrainerBCP`, its poly
     schedule and momentum; 2B patches make B mixes, and the two displaced views are scored one by
     one, for memory; f2 starts as a copy of f1 when the second stage starts, at its last, not best,
     weights; with `pretrain=0` it has random weights of its own; the mutual losses ramp up; largest
-    components only of classes that are one piece (`largest_component=on` is the released form);
-    the teacher predicts (ABD: student 1); padding of unlabelled patches does not count, that of
+    components only of classes that are one piece (`largest_component=on` is the released form); the
+    teacher predicts (ABD: student 1); padding of unlabelled patches does not count, that of
     labelled ones is background in L_mix, as in nnU-Net.
 
     Waits for the device once a step: regions are searched on a coarse grid on the CPU.
@@ -102,6 +102,11 @@ class SSLTrainerCAD(CopyPasteTrainer):
     oversized: Literal["clip", "skip"] = "clip"  # what becomes of regions larger than s
     source: Literal["other_view", "other_sample"] = "other_view"  # where sources come from
     cutout_probability: float = 0.5  # of a box of noise in the strong view
+
+    def __init_subclass__(cls) -> None:
+        """Let the cost follow what is asked for (settings subclass)."""
+        super().__init_subclass__()
+        cls.step_cost = 20 / 3 if cls.displaced_weight > 0 else 8 / 3
 
     @classmethod
     def check_settings(cls) -> None:
@@ -242,7 +247,8 @@ class SSLTrainerCAD(CopyPasteTrainer):
         self.track_agreement(outputs[0], views[0].pseudo_label, pseudo_voxels)
         sup, unsup = [], []
         for output, view in zip(outputs, views, strict=True):
-            # Deviates: noise is left out, not learnt as background; nnU-Net's CE + Dice
+            # Deviates: noise is left out, not learnt as background; nnU-Net's CE + Dice, over
+            # both directions of the mixes together
             pseudo_label = self.as_target(view.pseudo_label)
             sup.append(self.masked_loss(output, batch.target, true_voxels & view.kept))
             unsup.append(self.masked_loss(output, pseudo_label, pseudo_voxels & view.kept))
@@ -288,6 +294,7 @@ class SSLTrainerCAD(CopyPasteTrainer):
         limit = [max(1, round(size * s) // f) for s, f in zip(patch, self.cell(patch), strict=True)]
         if self.source == "other_sample":
             other = other.roll(1, 0)
+        # Deviates: always the closest candidate; ABD has the surest one in half of the samples
         windows = [
             choose_windows(
                 target,

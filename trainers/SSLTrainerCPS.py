@@ -49,8 +49,9 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
     Deviates: the paper has the cross term also on labelled patches (`on_labeled=True`) and a
     constant weight of 1 to 6; here as in SSL4MIS unlabelled patches only, and a ramp over the whole
     run. The weight is twice SSL4MIS' 0.1 because nnU-Net's supervised loss is twice the published
-    one. Deep supervision as in nnU-Net. No common pretrained weights. A class absent from a label
-    is left out of the Dice, which would only push it down. Padding does not count.
+    one. Deep supervision as in nnU-Net. No common pretrained weights. The Dice is over foreground
+    classes, without those absent from a label, which it would only push down. Padding does not
+    count.
     """
 
     method: ClassVar[str] = "Cross pseudo supervision"
@@ -81,9 +82,13 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
         cls.require(cls.rampup >= 0, "rampup", "0 or more")
 
     def __init_subclass__(cls) -> None:
-        """Let the base refuse networks that have no other architecture (settings subclass)."""
+        """Let the base refuse networks that have no other architecture (settings subclass).
+
+        The cost follows the passes without gradient, one for each further set of labels.
+        """
         cls.needs_unet = cls.peer == "other"
         cls.deploys_stock = cls.deploy != "mean"
+        cls.step_cost = (13 + cls.box_mix + cls.on_labeled) / 3 if cls.unsup_weight > 0 else 2.0
 
     @classmethod
     def refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
@@ -155,7 +160,8 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
         self.track("weight", weight)
         # Deviates: the paper's mean over all patches is an option
         weight_l = weight / 2 if self.on_labeled else 0.0
-        yield from self.cross(batch.x_l, batch.valid_l, weight_l, {}, batch.y_l)
+        known = self.known_labels(batch)[1]
+        yield from self.cross(batch.x_l, known, weight_l, {}, batch.y_l)
         if weight == 0:
             return
         x, valid = batch.x_u, batch.valid_u
@@ -181,7 +187,7 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
 
         Args:
             x: (B, C, *).
-            valid: (B, 1, *) bool, False on padding.
+            valid: (B, 1, *) bool, False on padding and where the annotation ignores.
             weight: of the cross term; 0 leaves it out.
             labels: hard labels by network; those that are missing are made from `x`.
             y: true targets, if there are any.
@@ -199,6 +205,7 @@ class SSLTrainerCPS(SemiSupervisedTrainer):
                     labels[other] = self.decide(other, x, valid if y is None else None)
                 if y is None and name == "student":
                     self.track_agreement(output, labels[other], valid)
+                # Deviates: the Dice of cross teaching has background and absent classes, too
                 loss = self.pseudo_loss(output, labels[other], valid, valid, self.unsup_loss)
                 terms[f"unsup{suffix}"] = weight * loss
                 del loss

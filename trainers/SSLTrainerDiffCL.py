@@ -85,6 +85,7 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
     unsup_weight: float = 1.0  # w, mu_2 in the paper
     diffusion_weight: float = 1.0  # w_d, mu_1
     rampup: float = 0.4  # fraction of training until both are reached
+    # Deviates: no warm-up is told of, but a fresh denoiser samples noise
     warmup: float = 0.1  # fraction of training before y_d teaches the student
     ddim_steps: int = 10  # passes of the diffusion network for y_d
     high_pass: Literal["haar", "fft", "laplacian"] = "haar"  # of the Mamba module
@@ -102,7 +103,7 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
     def __init_subclass__(cls) -> None:
         """Let the cost follow the number of sampling steps (settings subclass)."""
         super().__init_subclass__()
-        cls.step_cost = 4 + cls.ddim_steps / 3
+        cls.step_cost = 4 + cls.ddim_steps / 3 if cls.unsup_weight > 0 else 1.0
 
     @classmethod
     def check_settings(cls) -> None:
@@ -139,6 +140,7 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
             num_output_channels,
             enable_deep_supervision,
         )
+        # Deviates: which network has the module is not told
         patch_size = configuration_manager.patch_size
         stage = finest_stage(network, patch_size, cls.max_tokens)
         channels = network.encoder.output_channels[stage]
@@ -206,6 +208,7 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
             groups = 2 * self.num_heads if self.regions else self.num_heads
             width = self.student.encoder.output_channels[0]
             companions["projector"] = Projector(width, self.embedding)
+            # Deviates: SS-Net's memory has no background
             companions["bank"] = ClassBank(groups, self.bank_size, self.embedding)
         return companions
 
@@ -326,6 +329,7 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
             known: (B, 1, *) bool, where the label is known; None: everywhere.
         """
         network = self.companions["diffusion"]
+        # Deviates: ignored voxels have the state 0
         clean = clean_state(label, self.num_heads, self.regions, known)
         time = torch.randint(len(network.alpha_bars), (len(x),), device=x.device)
         state = q_sample(clean, torch.randn_like(clean), network.alpha_bars[time])
@@ -340,6 +344,7 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
         def denoise(state: Tensor, time: Tensor) -> Tensor:
             return full_res(network(x, state, time))
 
+        # Deviates: logits become states by softmax; GenericSSL clamps them
         return ddim(denoise, noise, network.alpha_bars, self.ddim_steps, self.regions)
 
     # ------------------------------------------------------------------ contrast
@@ -374,6 +379,7 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
         known = bank.seen().unflatten(0, (-1, self.sides))
         losses = []
         for k, row in enumerate(label.split(1, 1)):
+            # Deviates: evenly over the student's decisions, so shares hold within these
             places = draw_per_class(row, valid, self.sides, self.contrast_samples)
             with torch.autocast(self.device.type, enabled=False):
                 losses.append(

@@ -57,15 +57,17 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
            lambda = exp(-5 (1 - t)^2),  r = 0.5 + 0.5 exp(-5 (1 - t)^2),  t in stage 2
 
     Deviates: the released contour score is ruled by zeros around the image and says next to
-    nothing about the error; scores of any scale and place instead, added as ranks
+    nothing about the error; scores that do not follow size and place instead, added as ranks
     (`score=released` is the published form, `score=residual` the distance to the ellipse itself).
     They are compared with the latest 512 samples, not with those of the epoch. A sample without an
     ellipse, as of an empty mask, has no weight; the released one teaches "no head". Points on the
     frame and on padding are left out of the fit. Both stages are one run, the second with the last
     weights. nnU-Net's CE + Dice for half of BCE + Dice + focal loss, about twice as large, so that
     lambda = 1 weighs half of what it did; its labelled augmentation, its optimiser, B labelled and
-    B unlabelled patches; other classes get no unlabelled term. Images are
-    not stretched to [0, 1] after each intensity change; pixels whose mirror image is outside the
+    B unlabelled patches; other classes get no unlabelled term. The teacher is the student up to
+    stage 2 and then averages with 0.99 at once (released: with less in its first 100 steps). Images
+    are not stretched to [0, 1] after each intensity change; mirror images are painted within the
+    mask alone, which matters where it is not symmetric; pixels whose mirror image is outside the
     patch do not count; pixels on the axis belong to one side, not to both.
 
     Waits for the device once a step: outlines, fits and distance maps are made on the CPU.
@@ -82,18 +84,19 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
 
     deploy: Literal["teacher", "student"] = "student"
     ema_decay: float | Literal["auto"] | None = 0.99
-    pretrain: float = 0.3  # fraction of training on labelled scans only; published 0.5
+    pretrain: float = 0.3  # fraction of training on labelled scans only; Deviates: 0.5
     head_label: int = 1  # which class is elliptic, from 1; for regions which one in their order
     unsup_weight: float = 1.0  # lambda at the end
     rampup: float = 1.0  # fraction of stage 2 until then
     threshold: float = 0.6  # theta
     soft_target: bool = False  # L_seg with the refined probability instead of the mask m
+    # Deviates: the released score is ruled by zeros around the image
     score: Literal["corrected", "released", "residual"] = "corrected"
     boundary_share: float = 0.5  # alpha, of the first score
     keep_start: float = 0.5  # r at the start of stage 2; 1 at the end
     min_keep: float = 0.8  # part of the batch that is kept in any case
     min_inside: float = 0.4  # least part of an ellipse inside the patch; not published
-    memory: int = 512  # samples that scores are compared with; published those of an epoch
+    memory: int = 512  # samples that scores are compared with; Deviates: those of an epoch
     perturb: bool = True  # intensity changes of the halves
 
     @classmethod
@@ -137,6 +140,7 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
 
     def teacher_decay(self) -> float:
         """Return 0 in the first stage: the teacher is the student until the second one starts."""
+        # Deviates: released with less than 0.99 in the first 100 steps of stage 2
         return 0.0 if self.stage < 0 else super().teacher_decay()
 
     def after_step(self, observed: dict[str, list[Tensor]]) -> None:
@@ -147,6 +151,7 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
 
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the labelled loss, then that of unlabelled patches with their mirror images."""
+        # Deviates: half of BCE + Dice + focal loss
         yield {"sup": self.loss(self.student(batch.x_l), batch.y_l)}
         if self.stage < 0 or self.unsup_weight == 0:
             return
@@ -158,7 +163,8 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
         ellipses = fit_ellipses((head > self.threshold) & valid, valid, self.min_inside)
         distance = ellipse_distance(ellipses, x.shape[2:])
         soft, mask = refine_by_ellipse(head, distance, self.threshold)
-        kept = self.select(head, mask, valid, ellipses.found) & ellipses.found
+        # Deviates: a sample without an ellipse is released with the target "no head"
+        kept = self.select(head, mask, valid, distance <= 1, ellipses.found) & ellipses.found
         self.track("found", ellipses.found.float().mean())
         self.track("kept", kept.float().mean())
         self.track_pseudo_labels(prob, valid & kept.view(-1, 1, 1, 1), valid)
@@ -166,7 +172,10 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
         mirror = mirror_at(ellipses, x.shape[2:])
         target = soft if self.soft_target else mask.float()
         weight = ramp * kept.float() / kept.sum().clamp_min(1)
-        images = [x, *(mirrored_image(x, mask, mirror, s, self.perturb) for s in ("left", "right"))]
+        halves = (
+            mirrored_image(x, mask, valid, mirror, side, self.perturb) for side in ("left", "right")
+        )
+        images = [x, *halves]
         size = len(x)
         if size < 3:  # three images of a sample are more than a batch: one kind at a time
             yield from cached_gradients(
@@ -195,6 +204,7 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
             weight: 0 leaves a sample out.
         """
         whole, left, right = probs
+        # Deviates: released with the frame's pixels for mirror images outside the patch
         both = valid & mirror.inside & reflect(valid, mirror)
         aug = [
             sample_mse(left, half_mirrored(whole, mirror, "left"), both),
@@ -217,13 +227,16 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
         return self.head(to_prob(full_res(self.student(x)), self.regions))
 
     @torch.no_grad()
-    def select(self, head: Tensor, mask: Tensor, valid: Tensor, found: Tensor) -> Tensor:
+    def select(
+        self, head: Tensor, mask: Tensor, valid: Tensor, ellipse: Tensor, found: Tensor
+    ) -> Tensor:
         """Return which samples are regular enough, (B,) bool; observe their scores.
 
         Args:
             head: the teacher's probability, (B, 1, H, W).
             mask: the refined one, (B, 1, H, W) bool.
             valid: (B, 1, H, W) bool, False on padding.
+            ellipse: (B, 1, H, W) bool, inside the fitted one.
             found: (B,) bool, samples with an ellipse; the others score worst.
         """
         decided = head > 0.5
@@ -234,9 +247,8 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
             total = sum((t & valid).flatten(1).sum(1) for t in (decided, mask))
             scores = (1 - 2 * common / total.clamp_min(1))[:, None].expand(-1, 2)
         else:
-            scores = torch.stack(
-                [boundary_excess(head, valid), contour_roughness(decided, valid)], 1
-            )
+            contour = contour_roughness(decided, ellipse, valid)
+            scores = torch.stack([boundary_excess(head, valid), contour], 1)
         scores = torch.where(found[:, None], scores, WORST)
         self.observe("scores", scores)
         memory = self.companions["scores"]

@@ -52,6 +52,7 @@ class SSLTrainerFixMatch(SemiSupervisedTrainer):
     def losses(self, batch: Batch) -> Iterator[Terms]:
         """Yield the supervised loss, then the one on sure pseudo-labels."""
         yield {"sup": self.loss(self.student(batch.x_l), batch.y_l)}
+        # Deviates: published with unlabelled patches from the start
         weight = self.unsup_weight if self.progress >= self.warmup else 0.0
         self.track("weight", weight)
         if weight == 0:

@@ -76,8 +76,10 @@ class SSLTrainerM3HL(CopyPasteTrainer):
     small; nnU-Net's Dice and CE + Dice as in `SSLTrainerBCP`; 2B patches make B mixes; of an odd
     batch the middle sample is mixed in one direction, drawn, and follows its own patch only;
     largest components only of classes that are one piece (`largest_component=on` is the released
-    form); no dropout in the teacher; padding of unlabelled patches has no pseudo-label; nnU-Net's
-    augmentation, and its optimiser, whose steps are ten times as large (momentum 0.99 for 0.9).
+    form); no dropout in the teacher; padding of unlabelled patches has no pseudo-label, that of
+    labelled ones is background; nnU-Net's augmentation, and its optimiser, whose steps are ten
+    times as large (momentum 0.99 for 0.9). With `pretrain=0` the teacher averages less than 0.99 in
+    its first 100 steps (released: from the start).
     """
 
     method: ClassVar[str] = "M3HL, mutual mask mix"
@@ -141,7 +143,8 @@ class SSLTrainerM3HL(CopyPasteTrainer):
         ratio = self.ratio
         if self.ratio_spread > 0:
             ratio += self.ratio_spread * (2 * torch.rand(()).item() - 1)
-        # a cell holds at least one voxel of the bottleneck
+        # Deviates: released with fixed blocks for two patch sizes; a cell holds at least one voxel
+        # of the bottleneck
         stride = np.prod(self.configuration_manager.pool_op_kernel_sizes, 0).tolist()
         return random_blocks(batch, spatial, self.grid, ratio, stride, self.device)
 
@@ -154,8 +157,9 @@ class SSLTrainerM3HL(CopyPasteTrainer):
         size = len(x)
         blocks = self.draw_blocks((size + 1) // 2, x.shape[2:])
         blocks = torch.cat([blocks, blocks[: size // 2].flip(0)])
+        # Deviates: released with both directions of each pair, so twice the mixes
         first = torch.arange(size) < (size + int(torch.randint(2, ()))) // 2
-        return blocks == first.to(x.device).view(-1, *[1] * (x.ndim - 1))
+        return blocks == first.to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
 
     def feature_distances(
         self, mixed: Tapped, aim: Tapped, unlabeled: Tensor
@@ -173,6 +177,7 @@ class SSLTrainerM3HL(CopyPasteTrainer):
                 feature_l1(mixed.feature, aim.feature, unlabeled),
                 feature_cosine(mixed.bottleneck, aim.bottleneck, coarse.bool()),
             )
+        # Deviates: released with `low` one block earlier in 3D and with `high` pooled
         # own patch, then the partner's: the means over samples are those over the four pairs
         low, high = (
             (distance(feature, target) + distance(feature, target.flip(0))) / 2

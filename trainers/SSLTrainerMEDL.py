@@ -54,8 +54,8 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     I-EDL's, lambda_GWU is MCF's, Xi is chosen here, and evidence is nearly exp(logits), since with
     I-EDL's softplus short trainings of nnU-Nets never found a class (`evidence=softplus`). Labelled
     and unlabelled patches run in turn (instance norm does not join them). Each region is an opinion
-    of two classes. The CE of L_u is divided by all voxels, its Dice leaves out classes of a few.
-    Padding does not count in terms beside L_l.
+    of two classes. The CE of L_u is divided by all voxels, its Dice leaves out classes of a few;
+    coarser scales take w and y of the nearest voxel. Padding does not count in terms beside L_l.
     """
 
     method: ClassVar[str] = "Mutual evidential deep learning"
@@ -68,7 +68,8 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     step_memory: ClassVar[float] = 2.0
 
     evidence: Literal["softplus", "exp"] = "exp"  # of logits; not published, I-EDL's is softplus
-    # what CE and Dice see, and what predicts; "softmax": evidence makes opinions and L_I alone
+    # what CE and Dice see, and what predicts; "softmax": evidence makes opinions and L_I alone;
+    # Deviates: the paper does not tell which
     probability: Literal["expected", "softmax"] = "expected"
     fusion: Literal["caef", "dempster", "precursor"] = "caef"
     fused_share: float = 0.5  # lambda_2, of the fused uncertainty on labelled voxels
@@ -93,6 +94,11 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
     def link(cls) -> Link:
         """Logits give evidence, whose expected probability predicts, or are those of nnU-Net."""
         return cls.evidence if cls.probability == "expected" else "softmax"
+
+    def __init_subclass__(cls) -> None:
+        """Let the cost be that of labelled patches alone where no others are needed."""
+        super().__init_subclass__()
+        cls.step_cost = 4.0 if cls.unsup_weight > 0 or cls.evidential_weight > 0 else 2.0
 
     def needs_unlabeled(self, progress: float) -> bool:
         """Without weights for them, no unlabelled patches."""
@@ -137,6 +143,7 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
 
         def terms(outputs: list[Any]) -> Iterator[Terms]:
             for output in outputs:
+                # Deviates: CE by all voxels, Dice without classes of a few
                 loss = self.pseudo_loss(self.linked(output), label, weight, valid)
                 yield {"unsup": ramp * loss}
                 alpha = opinion(self.as_rows(full_res(output)), self.evidence).alpha
@@ -157,6 +164,7 @@ class SSLTrainerMEDL(TwoNetworkTrainer):
 
     def omega(self, uncertainty: Tensor, valid: Tensor) -> Tensor:
         """Return the curriculum weight of each voxel."""
+        # Deviates: from sure to unsure as the paper's figure has it, not as its text
         return curriculum_weight(uncertainty, valid, self.progress, self.curriculum)
 
     def linked(self, output: Any) -> Any:

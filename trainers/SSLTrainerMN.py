@@ -115,6 +115,7 @@ class SSLTrainerMN(SemiSupervisedTrainer):
         """Return the 2D network, with random weights until the run starts."""
         # nnU-Net has the coarsest axis first, but in plans made for another data set
         axis = int(np.argmax(self.configuration_manager.spacing))
+        # Deviates: one of timm's encoders with a fresh decode head, published a SegFormer
         segmenter = ImageSegmenter(self.backbone, self.num_input_channels, self.num_heads)
         scales = self._get_deep_supervision_scales()
         peer = SliceNetwork(segmenter, axis, self.pixels_at_once, scales)
@@ -168,6 +169,7 @@ class SSLTrainerMN(SemiSupervisedTrainer):
 
     def configure_optimizers(self) -> tuple[Optimizer, PolyLRScheduler]:
         """Let nnU-Net's learning rate start anew with stage 2."""
+        # Deviates: nnU-Net's SGD and polynomial for the student
         optimizer, _ = super().configure_optimizers()
         rate = self.initial_lr, self.num_epochs
         return optimizer, RestartedPolyLR(optimizer, *rate, self.first_epochs)
@@ -228,6 +230,7 @@ class SSLTrainerMN(SemiSupervisedTrainer):
         output, n_l, share = self.student(lesson.x), lesson.n_l, lesson.n_l / len(lesson.x)
         terms: Terms = {}
         if n_l:
+            # Deviates: nnU-Net's own loss; published squared Dice + KL, over all patches at once
             terms["sup"] = share * self.loss(rows(output, slice(n_l)), lesson.y)
         if lesson.prob is not None:
             output_u = rows(output, slice(n_l, None))
@@ -245,7 +248,10 @@ class SSLTrainerMN(SemiSupervisedTrainer):
         if n_u == 0:
             return Lesson(batch.x_l, size, batch.y_l, batch.valid_l)
         # forced foreground is in the last patches of a batch, so the first ones would not do
-        labeled, unlabeled = torch.randperm(size)[n_u:], torch.randperm(size)[:n_u]
+        labeled, unlabeled = (
+            torch.randperm(size)[part].to(self.device, non_blocking=True)
+            for part in (slice(n_u, None), slice(n_u))
+        )
         x_u = batch.views["stock"][unlabeled]
         return Lesson(
             torch.cat([batch.x_l[labeled], x_u]),
@@ -300,6 +306,7 @@ class SSLTrainerMN(SemiSupervisedTrainer):
         weight = self.num_heads if summed else 1
 
         def at_scale(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+            # Deviates: KL per voxel, not per voxel and class
             kl = soft_target_kl(logits, target, mask, self.regions)
             return soft_target_dice_loss(logits, target, mask, self.regions) + weight * kl
 

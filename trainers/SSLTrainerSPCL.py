@@ -20,6 +20,7 @@ from nnunet_ssl.data.loader import META, TwoStreamLoader, has_column, read_case_
 from nnunet_ssl.data.views import Pipeline
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import (
+    apply_flips,
     cached_gradients,
     full_res,
     pace_at,
@@ -28,6 +29,7 @@ from nnunet_ssl.functional import (
     pair_weights,
     partition,
     prob_mse,
+    random_flips,
     retrieval,
     slice_features,
     slice_positions,
@@ -44,6 +46,7 @@ FIRST_RATE, LAST_RATE = 1 / 400, 5e-4  # of the peak, published: 5e-7 and 1e-7 o
 RETRIEVAL = "meta_label_retrieval.json"
 RETRIEVAL_PATCHES = 16  # of a case, in the final validation
 LEAST_SAMPLES = {2: 12, 3: 4}  # contrasted together, by dimension
+FLIPPED = 0.8  # chance of each axis of the second stage's second view, published
 
 
 def encode(network: Any, x: Tensor) -> Tensor:
@@ -69,6 +72,7 @@ class SelfPacedContrast(SemiSupervisedTrainer):
     temperature: float = 0.07  # tau
     # linear: w = max(0, 1 - l / gamma); hard: w = 1 where l <= gamma; None: w = 1
     pace: Literal["linear", "hard"] | None = "linear"
+    # Deviates: gamma in units of the batch, since the published values do not carry over
     gamma_start: float = 1.0  # first gamma, above log P, P positives a sample
     gamma_end: float = 1.8  # last gamma, in units of the largest possible loss
     pace_power: float = 0.5  # p, of the way between, by epoch
@@ -496,17 +500,18 @@ class SSLTrainerSPCL(SelfPacedContrast):
     Start it from the first stage (`SSLTrainerSPCLPretrain`) with `-pretrained_weights`; the command
     `nnunet_ssl spcl` runs both.
 
-        f = encoder(two intensity views of unlabelled patches)
+        f = encoder(two intensity views of unlabelled patches, the second one flipped)
         L = sup(l) + w sum_k lambda_k L_k(f)            L_k as in the first stage, gamma grows again
           (+ c mean (softmax(student(view)) - softmax(teacher(u)))^2  with consistency_weight = c)
 
     The student predicts. The projectors are new and are not saved for prediction.
 
     Deviates: the weight of the contrast is the published search's middle, the ratio to nnU-Net's
-    CE + Dice instead of CE. nnU-Net's SGD. The views differ in intensity alone, as published, but
-    for the flips, which the mean over the slice does not see. Which run stands in the paper's table
-    is open: the figures' job names have a mean teacher beside the contrast, as
-    `consistency_weight=0.8+ema_decay=0.999` does here. gamma and 3D: as in the first stage.
+    CE + Dice instead of CE. nnU-Net's SGD. In 3D slices change places with the flips, and with them
+    their part of the scan. Which run stands in the paper's table is open: the figures' job names
+    have a mean teacher beside the contrast, as `consistency_weight=0.8+ema_decay=0.999` does here,
+    but for its weights, which the authors shrink by 1e-5 a step. gamma and 3D: as in the first
+    stage.
     """
 
     method: ClassVar[str] = "Self-paced contrast with meta-labels"
@@ -516,7 +521,8 @@ class SSLTrainerSPCL(SelfPacedContrast):
     views: ClassVar[tuple[str, ...]] = ("stock",)
     step_cost: ClassVar[float] = 1.6  # with a PlainConvUNet, whose encoder is .3 of it
 
-    contrast_weight: float = 0.1  # of all meta-labels together; published search 0.001 to 10
+    # of all meta-labels together; Deviates: beside CE + Dice; published search 0.001 to 10
+    contrast_weight: float = 0.1
     consistency_weight: float = 0.0  # c, of the mean teacher; the authors' combination has 0.8
 
     @classmethod
@@ -535,9 +541,16 @@ class SSLTrainerSPCL(SelfPacedContrast):
         yield {"sup": self.loss(self.student(batch.x_l), batch.y_l)}
         view = batch.views["stock"]
         if self.contrast_weight:
-            x = torch.cat([view, self.strong_intensity(batch.x_u, batch.valid_u)])
-            meta = {name: torch.cat([value, value]) for name, value in batch.meta_u.items()}
-            valid = torch.cat([batch.valid_u, batch.valid_u])
+            axes = self.inference_allowed_mirroring_axes or ()
+            flips = random_flips(len(view), axes, FLIPPED)
+
+            def both(first: Tensor, second: Tensor) -> Tensor:
+                moved = second.ndim == view.ndim  # maps, not values of a sample
+                return torch.cat([first, apply_flips(second, flips, axes) if moved else second])
+
+            x = both(view, self.strong_intensity(batch.x_u, batch.valid_u))
+            meta = {name: both(value, value) for name, value in batch.meta_u.items()}
+            valid = both(batch.valid_u, batch.valid_u)
             yield from self.contrast(x, valid, meta, len(x), self.contrast_weight)
         if self.consistency_weight:
             prob_t = self.teacher_prob(batch.x_u)

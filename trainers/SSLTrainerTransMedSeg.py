@@ -56,11 +56,13 @@ class SSLTrainerTransMedSeg(CopyPasteTrainer):
     Reconstructed, so open to doubt: beta, lambda_0 and its ramp, that f is the last full-resolution
     feature, moments as averages over steps, that only true voxels count, the direction (the
     abstract has it the other way round: `direction=teacher_to_student`). GraphCL's correlation
-    clustering is off (`cluster_weight=0.01`, published as the host's); its graph over the samples
-    of a batch is left out, since a tile's prediction would depend on its neighbours in the batch.
+    clustering is off; here it is a mean over pairs of places of a sample, published a sum over
+    pairs with kappa = 0.01, so weights do not compare (0.01 there is 0.01 N^2 here, N places). Its
+    graph over the samples of a batch is left out, since a tile's prediction would depend on its
+    neighbours in the batch.
 
-    Deviates from BCP as `SSLTrainerBCP` does. The table is made from the moments of the steps
-    before, since losses change no state.
+    Deviates from BCP as `SSLTrainerBCP` does; from TSA in that lambda grows from the start of stage
+    2 and the table is made from the moments of the steps before, since losses change no state.
     """
 
     method: ClassVar[str] = "TransMedSeg, transferable semantic augmentation (reconstructed)"
@@ -80,7 +82,7 @@ class SSLTrainerTransMedSeg(CopyPasteTrainer):
     memory_decay: float = 0.99  # weight of the old moments a step; not published
     min_confidence: float = 0.0  # of pseudo-labelled voxels behind the moments; reconstructed
     class_balanced: bool = False  # mean of L_tsa over classes instead of voxels
-    cluster_weight: float = 0.0  # kappa, weight of L_CC; GraphCL 0.01
+    cluster_weight: float = 0.0  # kappa, weight of L_CC as a mean over pairs; GraphCL: as a sum
     clusters: int = 10  # groups of L_CC; not known of GraphCL, DeepCut's
     cluster_temperature: float = 2.0  # tau of L_CC
 
@@ -144,15 +146,16 @@ class SSLTrainerTransMedSeg(CopyPasteTrainer):
         pseudo_label = self.pseudo_labels(prob, batch)
         true_voxels = self.random_directions(inside)
         mixed = self.tap(self.student, torch.where(true_voxels, batch.x_l, x_u))
+        # Deviates: published on GraphCL, an extension of BCP
         terms = self.mix_loss(mixed.output, batch, pseudo_label, true_voxels)
         if self.transfer_weight > 0:
-            target, true_voxels = self.annotation(batch, true_voxels)
+            target, annotated = self.annotation(batch, true_voxels)
             sure = confidence(prob, self.regions).amin(1, keepdim=True) >= self.min_confidence
             known = batch.valid_u & sure
-            self.remember("source", mixed.feature, target, true_voxels & batch.valid_l)
+            self.remember("source", mixed.feature, target, annotated)
             self.remember("target", aim.feature, pseudo_label, known)
             if self.direction == "student_to_teacher":
-                expected = self.transfer_loss(full_res(mixed.output), target, true_voxels)
+                expected = self.transfer_loss(full_res(mixed.output), target, annotated)
             else:
                 logits = self.classify(aim.feature)
                 expected = self.transfer_loss(logits, pseudo_label, known)
@@ -162,13 +165,12 @@ class SSLTrainerTransMedSeg(CopyPasteTrainer):
         yield terms
 
     def annotation(self, batch: Batch, true_voxels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return labels without the ignore channel, and the voxels whose annotation counts."""
-        target = batch.target
-        if not self.label_manager.has_ignore_label:
-            return target, true_voxels
-        if self.regions:
-            return target[:, :-1], true_voxels & ~target[:, -1:].bool()
-        return target, true_voxels & (target != self.label_manager.ignore_label)
+        """Return labels without the ignore channel, and the true voxels whose annotation is known.
+
+        Padding is not: what a network sees there would count as features of background.
+        """
+        target, known = self.known_labels(batch)
+        return target, true_voxels & known
 
     def remember(self, name: str, feature: Tensor, label: Tensor, keep: Tensor) -> None:
         """Observe the moments of the features of each class, or of each region's two sides."""
@@ -182,6 +184,7 @@ class SSLTrainerTransMedSeg(CopyPasteTrainer):
 
     def transfer_loss(self, logits: Tensor, label: Tensor, keep: Tensor) -> Tensor:
         """Return L_tsa with the table of the moments of the steps before."""
+        # Deviates: TSA's lambda grows from the start of training
         stage = (self.progress - self.pretrain) / (1 - self.pretrain)
         self.track("strength", self.strength * stage)
         return expected_ce(
@@ -195,6 +198,7 @@ class SSLTrainerTransMedSeg(CopyPasteTrainer):
 
     def shift_table(self, strength: float) -> Tensor:
         """Return what the logits get added by label; classes seen on one side only spread."""
+        # Deviates: of the steps before; TSA and ISDA move their statistics first
         here, there = self.companions["source"], self.companions["target"]
         if self.direction == "teacher_to_student":
             here, there = there, here

@@ -46,7 +46,7 @@ class SSLTrainerUAMT(SemiSupervisedTrainer):
     needs_teacher: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_ignore: ClassVar[bool] = True
-    step_cost: ClassVar[float] = 15 / 3  # with 8 passes
+    step_cost: ClassVar[float] = 15 / 3
 
     deploy: Literal["teacher", "student"] = "student"
     ema_decay: float | Literal["auto"] | None = 0.99
@@ -58,6 +58,11 @@ class SSLTrainerUAMT(SemiSupervisedTrainer):
     limit_start: float = 0.75  # of the entropy, as a fraction of ln K; it ends at 1
     noise_std: float = 0.1  # on the teacher's input, in normalised intensity, clipped at twice it
     strong_view: bool = True  # the student sees strong intensity changes
+
+    def __init_subclass__(cls) -> None:
+        """Let the cost follow the number of passes (settings subclass)."""
+        super().__init_subclass__()
+        cls.step_cost = (7 + cls.passes) / 3 if cls.consistency_weight > 0 else 1.0
 
     @classmethod
     def check_settings(cls) -> None:
@@ -84,10 +89,12 @@ class SSLTrainerUAMT(SemiSupervisedTrainer):
             view = self.strong_intensity(batch.x_u, batch.valid_u)
         logits = full_res(self.student(view))
         self.track_agreement(logits, hard_labels(prob_t, self.regions), sure)
+        # Deviates: the mean over K classes; the code's divisor 2 means two
         yield {"unsup_mse": weight * prob_mse(to_prob(logits, self.regions), prob_t, sure)}
 
     def limit(self) -> float:
         """Return the entropy from which a voxel is left out, as a fraction of the largest one."""
+        # Deviates: of ln K; the code's ln 2 is that of two classes
         return self.limit_start + (1 - self.limit_start) * sigmoid_rampup(self.progress, 1.0)
 
     def noisy(self, x: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ class SSLTrainerUniMatch(SemiSupervisedTrainer):
         sure = (confidence(prob, self.regions) >= self.threshold) & valid
         self.track_pseudo_labels(prob, sure, valid)
         del weak, prob
+        # Deviates: CE beside the medical code's Dice, which is squared and has background
         loss = self.pseudo_loss(output, pseudo_label, sure, valid, self.unsup_loss)
         terms = {"unsup_features": self.unsup_weight * FEATURES * loss}
         del output, loss  # nothing of this chunk stays while the next one is built
@@ -137,6 +138,7 @@ class SSLTrainerUniMatch(SemiSupervisedTrainer):
             x: weak view, (B, C, *).
             maps: what belongs to it, (B, 1 or R, *) each; the last one is False on padding.
         """
+        # Deviates: intensity operations for z-scored images instead of colour jitter
         strong = self.strong_intensity(x, maps[-1])
         if self.cutmix_probability == 0:
             return [strong, *maps]
@@ -149,4 +151,5 @@ class SSLTrainerUniMatch(SemiSupervisedTrainer):
             probability=self.cutmix_probability,
             device=x.device,
         )
+        # Deviates: boxes come from this batch, published from a further one
         return cutmix(inside, random_partners(len(x)), strong, *maps)

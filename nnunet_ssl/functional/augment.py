@@ -164,9 +164,9 @@ _OPERATIONS: tuple[tuple[Callable[..., Tensor], float, float], ...] = (
 )
 
 
-def random_flips(batch: int, axes: Sequence[int]) -> Tensor:
-    """Draw which of the spatial `axes` to flip: (batch, len(axes)) bool on the CPU, p = 0.5."""
-    return torch.rand(batch, len(axes)) < 0.5
+def random_flips(batch: int, axes: Sequence[int], chance: float = 0.5) -> Tensor:
+    """Draw which of the spatial `axes` to flip: (batch, len(axes)) bool on the CPU."""
+    return torch.rand(batch, len(axes)) < chance
 
 
 def apply_flips(t: Tensor, flips: Tensor, axes: Sequence[int]) -> Tensor:

@@ -103,9 +103,11 @@ def _gradients_at(
             del terms
             while totals:
                 carrier, total = totals.popitem()
-                grads = torch.autograd.grad(
-                    total, flat, allow_unused=True, retain_graph=bool(totals)
-                )
+                # autocast is on where the outputs were made, and would take this backward as well
+                with torch.autocast(flat[0].device.type, enabled=False):
+                    grads = torch.autograd.grad(
+                        total, flat, allow_unused=True, retain_graph=bool(totals)
+                    )
                 old = found.get(carrier, [None] * len(flat))
                 found[carrier] = [
                     b if a is None else a if b is None else a + b

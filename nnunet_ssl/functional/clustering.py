@@ -30,10 +30,11 @@ def clustering_loss(affinities: Tensor, assignment: Tensor) -> Tensor:
         assignment: S, (B, N, groups), rows sum to 1.
 
     Returns:
-        Scalar mean over samples, float32. Published as a sum over pairs, which depends on the
-        number of places.
+        Scalar mean over samples, float32. Deviates: published as a sum over pairs, which depends
+        on the number of places.
     """
     with torch.autocast(assignment.device.type, enabled=False):
         assignment = assignment.float()
+        # Deviates: a mean over pairs of a sample
         within = (assignment.transpose(1, 2) @ affinities @ assignment).diagonal(dim1=1, dim2=2)
         return -within.sum(1).mean() / assignment.shape[1] ** 2

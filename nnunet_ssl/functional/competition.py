@@ -13,7 +13,8 @@ def competition_score(logits: Tensor, target: Tensor, counted: Tensor, ce_share:
 
         a CE + (1 - a) (1 - mean Dice of the foreground classes in the patches)
 
-    Cross-entropy alone where the patches hold no foreground.
+    Cross-entropy alone where the patches hold no foreground. Deviates: published with a squared
+    denominator, sample by sample, and near 0 or 1 without foreground.
 
     Args:
         logits: (B, K, *).
@@ -34,7 +35,7 @@ def competition_score(logits: Tensor, target: Tensor, counted: Tensor, ce_share:
     axes = (0, *range(2, logits.ndim))
     size = truth.sum(axes)
     dice = 2 * (prob * truth).sum(axes) / (prob.sum(axes) + size).clamp_min(1e-5)
-    present = size > 0
+    present = size > 0  # Deviates: without foreground the published Dice is chance
     missed = ((1 - dice) * present).sum() / present.sum().clamp_min(1)
     return ce_share * (ce * counted).sum() / counted.sum().clamp_min(1) + (1 - ce_share) * missed
 
@@ -69,8 +70,9 @@ def view_cosine(logits: Tensor, other: Tensor, mask: Tensor) -> Tensor:
         other: the same voxels in another view.
         mask: (B, 1, *) bool, voxels to count.
 
-    Source: He et al. 2025 (C3S3), arXiv:2506.07368; their code takes the cosine along the last
-        image axis.
+    Source: He et al. 2025 (C3S3), arXiv:2506.07368. Deviates: their code takes the cosine along the
+        last image axis.
     """
+    # Deviates: along the classes
     distance = 1 - cosine_similarity(logits.float(), other.float(), dim=1)[:, None]
     return (distance * mask).sum() / mask.sum().clamp_min(1)

@@ -158,7 +158,7 @@ def voxel_reliability(
     if mode not in RELIABILITIES:
         raise ValueError(f"Reliability must be one of {', '.join(RELIABILITIES)}; got {mode!r}.")
     b = belief + uncertainty / belief.shape[1] if mode == "pignistic" else belief
-    entropy = -torch.xlogy(b, b).sum(1, keepdim=True) / torch.log(b.new_tensor(2.0))
+    entropy = -torch.xlogy(b, b).sum(1, keepdim=True) / math.log(2)
     doubt = torch.where(valid, uncertainty.exp() * entropy, 0)
     axes = tuple(range(1, doubt.ndim))
     norm = doubt.sum(axes, keepdim=True) if mode == "upcol" else doubt.amax(axes, keepdim=True)

@@ -99,7 +99,8 @@ def outcome_contrast(
     Returns:
         Scalar; 0 with zero gradient if the networks agree on no foreground voxel.
 
-    Deviates: otherwise the first voxels that networks agree on outweigh the annotated loss.
+    Deviates: not the released formula, which drives agreeing voxels apart; and without the ratio
+    the first voxels that networks agree on outweigh the annotated loss.
 
     Source: the aim of He et al. 2025 (C3S3), arXiv:2506.07368; their code is `iuc_contrast`.
     """
@@ -109,6 +110,7 @@ def outcome_contrast(
     negatives = torch.cat([~agreed & keep, either & keep], 1).float()
     present = both.any(0).sum().clamp_min(1)
     quota = counted.sum() / (2 * num_classes - 1)
+    # Deviates: released, a class counts in full from its first agreed voxel
     share = (both.sum(0) / quota.clamp_min(1)).clamp_max(1).repeat(2)
     similarity = a @ b.T / temperature
     loss = similarity.new_zeros(())
@@ -133,10 +135,11 @@ def iuc_contrast(
     """The contrast as released, of voxels with themselves only; see `outcome_contrast`.
 
         l1_p = - log e^{I_p s_p} / (sum_q e^{(1 - I_q) s_q} + e^{I_p s_p}),  s_p = a_p . b_p / tau
-        l2_p the same with 1 - O for I; mean over p of l1 + l2, mean over classes with an O
+        l2_p the same with 1 - O for I; mean over p of l1 + l2, mean over foreground classes
 
     A large constant (log(n + 1) each for s = 0); it drives the networks' embeddings apart, at
-    disagreements most. What is masked enters the sums as e^0 = 1.
+    disagreements most. What is masked enters the sums as e^0 = 1. A class that no network finds
+    still has l2 over all voxels.
 
     Args:
         a: see `outcome_contrast`, also for the others; voxels drawn alike (`by_outcome=False`).
@@ -148,7 +151,7 @@ def iuc_contrast(
         temperature: same.
 
     Returns:
-        Scalar; 0 with zero gradient if no network finds foreground.
+        Scalar; 0 with zero gradient if nothing counts.
 
     Source: He et al. 2025 (C3S3), arXiv:2506.07368, code (ContrastiveLoss.py), stable.
     """
@@ -160,8 +163,7 @@ def iuc_contrast(
         others = torch.where(keep, torch.where(own, 0, s), -torch.inf).logsumexp(0)
         mine = torch.where(own, s, 0)
         loss = loss + (torch.logaddexp(others, mine) - mine).where(keep, 0).sum(0)
-    present = (either & keep).any(0).float()
-    return (loss * present).sum() / (present.sum() * keep.sum()).clamp_min(1)
+    return loss.mean() / keep.sum().clamp_min(1)
 
 
 def _outcomes(label_a: Tensor, label_b: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

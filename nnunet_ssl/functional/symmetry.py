@@ -69,13 +69,16 @@ def half_mirrored(t: Tensor, mirror: Mirror, side: Side) -> Tensor:
 
 
 @torch.no_grad()
-def mirrored_image(x: Tensor, head: Tensor, mirror: Mirror, side: Side, perturb: bool) -> Tensor:
+def mirrored_image(
+    x: Tensor, head: Tensor, valid: Tensor, mirror: Mirror, side: Side, perturb: bool
+) -> Tensor:
     """Return images whose heads are made of one of their sides and its mirror image.
 
     Args:
         x: (B, C, H, W); not modified.
         head: (B, 1, H, W) bool; what lies outside stays as it is, and so do pixels of the head
-            whose mirror image lies outside the patch.
+            whose mirror image lies outside the patch or on padding.
+        valid: (B, 1, H, W) bool, False on padding.
         mirror: from `mirror_at`.
         side: which one stays.
         perturb: change the intensities of both halves, each by itself; see `perturbed`.
@@ -83,7 +86,8 @@ def mirrored_image(x: Tensor, head: Tensor, mirror: Mirror, side: Side, perturb:
     Source: Zhou et al. 2025 (ERSR), arXiv:2508.19815, code.
     """
     stays = mirror.left if side == "left" else ~mirror.left
-    own, other = head & stays, head & ~stays & mirror.inside
+    # Deviates: the mirror image of the mask is painted where the mask is, not also beside it
+    own, other = head & stays, head & ~stays & mirror.inside & reflect(valid, mirror)
     reflected = reflect(x, mirror)
     here = perturbed(x, own) if perturb else x
     there = perturbed(reflected, other) if perturb else reflected

@@ -81,6 +81,11 @@ def merged_moments(old: Moments, new: Moments, rate: Tensor) -> Moments:
     apart = gap[:, :, None] * gap[:, None] if full else gap * gap
     rate = rate[:, None] if full else rate
     covariance = (1 - rate) * old.covariance + rate * new.covariance + rate * (1 - rate) * apart
+    # a rate of 0 alone would not keep NaN out
+    mean, covariance = (
+        torch.where(rate.view(-1, *[1] * (t.ndim - 1)) > 0, t, before)
+        for t, before in ((mean, old.mean), (covariance, old.covariance))
+    )
     return Moments(mean, covariance, old.number + new.number)
 
 

@@ -104,9 +104,9 @@ def pretrained_backbone(name: str) -> Backbone:
         options = {"pretrained_cfg_overlay": {"state_dict": read_weights(file)}}
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # of the host alone
             random = Backbone(name, pretrained=False)
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             loaded = Backbone(name, pretrained=True, **options)
     except Exception as error:  # what timm, the hub's client and torch raise has no common class
         raise UserError(

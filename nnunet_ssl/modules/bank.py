@@ -31,7 +31,8 @@ class ClassBank(nn.Module):
         """Write vectors in place of the oldest ones.
 
         Args:
-            vectors: (G, n, E) of any length but 0, n at most Q.
+            vectors: (G, n, E) of any length but 0, n at most Q; those that are not finite are left
+                out.
             found: (G, n) bool, False leaves a vector out.
 
         Raises:
@@ -40,6 +41,7 @@ class ClassBank(nn.Module):
         groups, size, embedding = self.vectors.shape
         if vectors.shape[1] > size:
             raise ValueError(f"A bank of {size} vectors a class got {vectors.shape[1]} at once.")
+        found = found & vectors.isfinite().all(2)
         place = (self.count[:, None] + found.cumsum(1) - 1) % size
         # what was not found goes to a further place, which is cut off
         place = torch.where(found, place, size)[:, :, None].expand(-1, -1, embedding)

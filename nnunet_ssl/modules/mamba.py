@@ -117,7 +117,7 @@ class HighFrequencyMamba(nn.Module):
         gate = gate.to(feature.dtype).transpose(1, 2).unflatten(2, half)
         gate = interpolate(gate, scale_factor=2, mode="nearest")  # each voxel gets its cell's
         inside = tuple(slice(n) for n in gate.shape[:2] + size)
-        return feature * gate[inside]
+        return feature * gate[inside].to(feature.dtype)  # CUDA's autocast interpolates in fp32
 
     def bands(self, feature: Tensor) -> Tensor:
         """Return high frequencies, (B, C, bands, *half)."""

@@ -33,7 +33,12 @@ class ClassMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, new: Moments) -> None:
-        """Move towards the moments of a step; groups of number 0 stay as they are."""
+        """Move towards the moments of a step; groups of number 0, or not finite, stay as they are.
+
+        One overflow would otherwise make all later tables, so all later unlabelled losses, NaN.
+        """
+        finite = new.mean.isfinite().all(1) & new.covariance.flatten(1).isfinite().all(1)
+        new = new._replace(number=torch.where(finite, new.number, 0))
         rate = torch.where(self.count > 0, 1 - self.decay, 1.0)
         merged = merged_moments(Moments(self.mean, self.covariance, self.count), new, rate)
         for buffer, value in zip((self.mean, self.covariance, self.count), merged, strict=True):

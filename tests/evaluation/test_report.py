@@ -544,3 +544,26 @@ def test_cost_is_measured_against_the_twin(tmp_path):
 def test_budgets_may_count_something_else_than_cases(tmp_path):
     folder = make_folder(tmp_path / "runs", block(), scores, budget_unit="patient")
     assert "With 4 annotated patients" in page(folder, tmp_path)[1]
+
+
+def test_differences_are_means_over_cases_then_over_classes(tmp_path):
+    """One class gains 10 points in each of five cases, the other loses 2 in its only one."""
+
+    def dice(cell, case, name):
+        if name == "posterior":
+            return math.nan if case else 0.6 - 0.02 * (cell["role"] == "method")
+        return 0.6 + 0.1 * (cell["role"] == "method")
+
+    runs = Runs(make_folder(tmp_path / "runs", block(draws=(0,)), dice))
+    units, _ = runs.unit_differences(cells_of(runs, "method"), DICE)
+    assert units.tolist() == pytest.approx([(0.1 - 0.02) / 2])
+
+
+def test_a_case_without_a_gain_in_one_run_is_judged_by_the_others(tmp_path):
+    def dice(cell, case, name):
+        if case == 0 and cell["draw"] == 0:
+            return math.nan
+        return 0.6 + 0.1 * (cell["role"] == "method")
+
+    runs = Runs(make_folder(tmp_path / "runs", block(), dice))
+    assert runs.case_gains(cells_of(runs, "method")).tolist() == pytest.approx([10] * 5)

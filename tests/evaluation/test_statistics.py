@@ -17,6 +17,7 @@ from nnunet_ssl.evaluation.statistics import (
     judge,
     mean_sd,
     t_interval,
+    units_needed,
     units_of,
 )
 
@@ -115,3 +116,14 @@ def test_gap_closed():
 def test_the_printed_rule_names_the_constants():
     text = " ".join(statistics.RULE)
     assert "Fewer than 3 units" in text and "95 % t-interval" in text and "±1 Dice point" in text
+
+
+def test_only_small_effects_are_called_small():
+    assert not judge([-0.05, -0.04, -0.06]).small and not judge([0.05, 0.04, 0.06]).small
+    assert judge([-0.0049, -0.005, -0.0051]).small
+
+
+def test_no_difference_may_be_the_nearer_verdict():
+    # sd 0.01: the half width falls below 0.009 = MARGIN - |mean| long before it falls below 0.001
+    n = units_needed(0.001, 0.01, 3)
+    assert n < 10 and n == units_needed(-0.001, 0.01, 3)

@@ -43,3 +43,11 @@ def test_a_seed_repeats_it():
 def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="0 < low <= high <= 1"):
         cutout(torch.rand(1, 1, 4, 4), 0.5, 0.5, 0.2, torch.ones(1, 1, 4, 4) > 0)
+
+
+def test_boxes_are_shares_of_the_volume_and_noise_is_that_of_the_sample():
+    x = 0.01 * torch.randn(8, 1, 16, 20, 24) + torch.arange(8.0).view(-1, 1, 1, 1, 1)
+    result, erased = cutout(x, 1, 0.125, 0.125, torch.ones_like(x).bool())
+    assert erased.flatten(1).sum(1).tolist() == [8 * 10 * 12] * 8
+    for i in range(8):
+        assert result[i][erased[i]].mean().item() == pytest.approx(i, abs=0.01)

@@ -316,3 +316,18 @@ def test_views_of_different_shapes_are_refused():
         displace(torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 5), [None, None], (1, 1))
     with pytest.raises(ValueError, match="a window for each sample; got 1"):
         displace(torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4), [None], (1, 1))
+
+
+def test_the_divergence_is_that_of_the_source_from_the_target():
+    target, source = torch.full((8, 16), 0.9), torch.full((8, 16), 0.5)
+    target[0:2, 0:4] = 0.3
+    source[4:6, 4:8], source[4:6, 12:16] = 0.95, 0.90
+    here = torch.full((3, 8, 16), 1 / 3)
+    prob = here.clone()
+    # KL(target || source) 1.7 and 0.51, the other way round 0.40 and 0.46
+    prob[:, 4:6, 4:8] = torch.tensor([0.4995, 0.4995, 0.001]).view(3, 1, 1)
+    prob[:, 4:6, 12:16] = torch.tensor([0.8, 0.1, 0.1]).view(3, 1, 1)
+    one = torch.ones(1, 8, 16)
+    own, other = torch.cat([target[None], one, here]), torch.cat([source[None], one, prob])
+    found = choose_windows(own, other, threshold=0.6, limit=(2, 4), candidates=2)
+    assert found.source == (4, 12)

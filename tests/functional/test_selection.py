@@ -174,8 +174,8 @@ def test_empty_outcomes_give_finite_loss_and_gradient(loss, case):
     value = loss(a, b, la, lb, counted, 3, TAU)
     value.backward()
     assert value.isfinite() and a.grad.isfinite().all()
-    if case in ("background", "uncounted") or (
-        case == "nothing agreed" and loss is outcome_contrast
+    if case == "uncounted" or (
+        case in ("background", "nothing agreed") and loss is outcome_contrast
     ):
         assert value.item() == 0 and (a.grad == 0).all()
 
@@ -211,6 +211,11 @@ def test_released_contrast_equals_its_formula():
     found = iuc_contrast(a, b, la, lb, everything, 3, TAU)
     expected = sum(naive_released(a, b, la.tolist(), lb.tolist(), k) for k in (1, 2)) / 2
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    la, lb = (torch.where(label == 2, 0, label) for label in (la, lb))  # class 2 is never found
+    for classes in (2, 3):
+        found = iuc_contrast(a, b, la, lb, everything, classes, TAU)
+        terms = [naive_released(a, b, la.tolist(), lb.tolist(), k) for k in range(1, classes)]
+        assert found.item() == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-5)
 
 
 def test_released_contrast_of_orthogonal_embeddings_is_its_constant():

@@ -88,7 +88,7 @@ def test_images_change_inside_the_head_only(side, perturb):
     mirror, head = mirror_at(ellipses_of(TILTED), SHAPE), head_of(TILTED)
     x = torch.randn(1, 2, *SHAPE) * 3 - 100  # 0 is no background
     before = x.clone()
-    found = mirrored_image(x, head, mirror, side, perturb)
+    found = mirrored_image(x, head, torch.ones_like(head), mirror, side, perturb)
     assert torch.equal(x, before)
     outside = (~head).expand_as(x)
     assert torch.equal(found[outside], x[outside])
@@ -104,9 +104,20 @@ def test_pixels_whose_mirror_image_is_outside_stay():
     near = ((45.0, 100.0), 34.0, 22.0, 0.0)
     mirror, head = mirror_at(ellipses_of(near), SHAPE), torch.ones(1, 1, *SHAPE, dtype=torch.bool)
     x = torch.rand(1, 1, *SHAPE)
-    left_side = mirror.left[0, 0, 0, 0]
-    found = mirrored_image(x, head, mirror, "right" if left_side else "left", perturb=False)
+    side = "right" if mirror.left[0, 0, 0, 0] else "left"
+    found = mirrored_image(x, head, head, mirror, side, perturb=False)
     assert torch.equal(found[..., :81], x[..., :81]) and not mirror.inside[..., :81].any()
+
+
+def test_padding_is_not_painted_into_the_head():
+    mirror, head = mirror_at(ellipses_of(UPRIGHT), SHAPE), head_of(UPRIGHT)
+    x, valid = torch.rand(1, 1, *SHAPE) + 1, torch.ones(1, 1, *SHAPE, dtype=torch.bool)
+    known = (torch.arange(SHAPE[1]) < UPRIGHT[0][1] + 10).expand_as(valid)
+    x[~known] = 0
+    for side in ("left", "right"):
+        found = mirrored_image(x, head & known, valid & known, mirror, side, perturb=False)
+        assert (found[known] >= 1).all()
+        assert not torch.equal(found, x)
 
 
 def test_each_half_has_its_own_intensities(monkeypatch):
@@ -121,7 +132,7 @@ def test_each_half_has_its_own_intensities(monkeypatch):
 
     monkeypatch.setattr(symmetry, "perturbed", shifted)
     x = torch.zeros(1, 1, *SHAPE)
-    found = mirrored_image(x, head, mirror, "left", True)
+    found = mirrored_image(x, head, torch.ones_like(head), mirror, "left", True)
     own, other = drawn
     assert torch.equal(own | other, head) and not (own & other).any()
     assert (found[own] == 1).all() and (found[other] == 2).all() and not found[~head].any()

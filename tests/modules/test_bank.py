@@ -32,6 +32,18 @@ def test_holds_the_latest_found_vectors_of_each_group_as_a_naive_queue():
     assert (bank.prototypes()[2] == 0).all()
 
 
+def test_vectors_that_are_not_finite_are_left_out():
+    torch.manual_seed(0)
+    bank, other = ClassBank(2, 4, 3), ClassBank(2, 4, 3)
+    vectors, found = torch.randn(2, 3, 3), torch.ones(2, 3).bool()
+    vectors[0, 1, 2], vectors[1, 0, 0] = torch.nan, torch.inf
+    bank.update(vectors, found)
+    found[0, 1] = found[1, 0] = False
+    other.update(vectors.nan_to_num(posinf=1), found)
+    for name, value in other.state_dict().items():
+        assert torch.equal(bank.state_dict()[name], value), name
+
+
 def test_state_goes_through_a_checkpoint():
     bank, other = ClassBank(2, 4, 3), ClassBank(2, 4, 3)
     bank.update(torch.randn(2, 3, 3), torch.ones(2, 3).bool())

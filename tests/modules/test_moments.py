@@ -1,5 +1,6 @@
 """Running moments."""
 
+import pytest
 import torch
 
 from nnunet_ssl.functional import Moments, sampled_moments
@@ -45,3 +46,26 @@ def test_diagonal_keeps_variances():
     memory.update(Moments(torch.ones(2, 3), torch.full((2, 3), 2.0), torch.tensor([5.0, 0])))
     assert memory.covariance.tolist() == [[2, 2, 2], [0, 0, 0]]
     assert set(memory.state_dict()) == {"mean", "covariance", "count"}
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_what_is_not_finite_is_not_remembered(diagonal):
+    torch.manual_seed(0)
+    memory = ClassMoments(3, 4, decay=0.9, diagonal=diagonal)
+    feature = torch.randn(1, 4, 20, 20)
+    label = torch.arange(400).view(1, 1, 20, 20) % 3
+    masks = [label == k for k in range(2)] + [label > 2]  # the third is never seen
+    memory.update(sampled_moments(feature, masks, 1000, 2, diagonal))
+    before = {k: v.clone() for k, v in memory.state_dict().items()}
+    second = sampled_moments(feature + 1, masks, 1000, 2, diagonal)
+    second.mean[0, 1] = torch.nan
+    second.mean[2] = second.covariance[2] = torch.nan
+    memory.update(second)
+    after = {k: v.clone() for k, v in memory.state_dict().items()}
+    for name, value in before.items():
+        assert torch.equal(after[name][[0, 2]], value[[0, 2]]), name
+    assert after["count"][1] == 2 * before["count"][1]
+    assert torch.allclose(memory.mean[1], 0.9 * before["mean"][1] + 0.1 * second.mean[1])
+    memory.update(second._replace(covariance=torch.full_like(second.covariance, torch.inf)))
+    for name, value in memory.state_dict().items():
+        assert torch.equal(value, after[name]), name

@@ -107,7 +107,7 @@ def run_shapes(device):
     ellipses = f.Ellipses(*pairs, valid[:, 0, 0, 0])
     soft, mask = f.refine_by_ellipse(prob, f.ellipse_distance(ellipses, (16, 16)), 0.6)
     mirror = f.mirror_at(ellipses, (16, 16))
-    f.mirrored_image(prob.expand(-1, 2, -1, -1), mask, mirror, "left", True)
+    f.mirrored_image(prob.expand(-1, 2, -1, -1), mask, valid, mirror, "left", True)
     f.sample_mse(soft, f.half_mirrored(soft, mirror, "right"), valid)
     f.mirror_mse(soft, mirror, valid)
     f.boundary_excess(prob, valid)

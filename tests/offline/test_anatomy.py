@@ -87,3 +87,12 @@ def test_own_checks():
     for name in ("round", "no.such.module:f", "nnunet_ssl.offline.anatomy:none"):
         with pytest.raises(UserError, match=f"--shape {name}: .*largest, ellipse, volume"):
             find_check(name)
+
+
+def test_ellipse_doubts_what_is_missing_too():
+    row, column = np.indices((60, 80))
+    labels = ((((row - 30) / 15) ** 2 + ((column - 40) / 25) ** 2 <= 1)[None]).astype(np.uint8)
+    labels[0, 28:32, 60:70] = 0  # a notch at the rim
+    facts = Anatomy({"head": [1]}, [], ["head"], {}, {"head": 0.98})
+    doubted, why = ellipse(labels, (1, 1, 1), facts)
+    assert why is None and doubted[0, 29:31, 61:63].all()

@@ -99,3 +99,16 @@ def test_which_models_must_not_teach(tmp_path):
     assert "not a finite number" in log(tmp_path, good | {"terms": {"sup": None}})
     log(tmp_path, braked)  # volumes of made masks do not tell the truth
     assert collapse_of(tmp_path, ["liver", "tumour"], true_volumes=False) is None
+
+
+@pytest.mark.parametrize(("cases", "drop", "dropped"), [(4, 0.2, 0), (9, 0.2, 1), (100, 0.29, 29)])
+def test_the_least_stable_share_is_rounded_down(cases, drop, dropped):
+    rows = [row(f"c{k:03d}", k / cases) for k in range(cases)]
+    reasons = choose(rows, [], drop)
+    assert sum("among" in (why or "") for why in reasons.values()) == dropped
+
+
+def test_a_scan_that_cannot_be_read_is_not_the_one_that_stays():
+    rows = [row("a", 0.9), row("b", 0.8), {"case": "bad", "error": "cut short"}]
+    reasons = choose(rows, [], 0.0)
+    assert reasons["a"] is None and "one case stays" in reasons["b"]

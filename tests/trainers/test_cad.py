@@ -1,9 +1,11 @@
 """CAD: what its students see, and where its losses reach."""
 
+import math
 import sys
 
 import pytest
 import torch
+from make_trainers import next_batch, start, values
 from resize_batch import resized
 
 from nnunet_ssl.data.batch import Batch
@@ -23,6 +25,11 @@ def begin(trainer):
 def started(make_trainer, settings="", dataset="Toy", configuration="3d_fullres"):
     trainer = begin(make_trainer("SSLTrainerCAD" + FULL + settings, dataset, configuration))
     return trainer, Batch.from_loader(next(trainer.dataloader_train), trainer.device)
+
+
+def seeded(trainer, batch):
+    torch.manual_seed(1)
+    return values(trainer.losses(batch))
 
 
 class Seen:
@@ -284,3 +291,52 @@ def test_other_readings_of_the_paper_run(make_trainer, setting):
 def test_settings_out_of_range_are_refused(make_trainer, setting):
     with pytest.raises(Exception, match=setting.split("=")[0]):
         make_trainer("SSLTrainerCAD+" + setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "term"),
+    [
+        ("unsup_weight", "unsup"),
+        ("cps_weight", "unsup_cps"),
+        ("displaced_weight", "unsup_displaced"),
+    ],
+)
+def test_weights_and_ramp_of_each_term(setting, term, make_trainer):
+    trainer = start(make_trainer("SSLTrainerCAD+pretrain=0+rampup=0.5", configuration="2d"))
+    batch = next_batch(trainer)
+    trainer.step = 2  # of 8: half of the ramp
+    before = seeded(trainer, batch)
+    setattr(trainer, setting, 3 * getattr(trainer, setting))
+    assert seeded(trainer, batch) == pytest.approx(before | {term: 3 * before[term]}, rel=1e-4)
+    trainer.step = 4
+    ramped = math.exp(-5 * 0.5**2)
+    assert seeded(trainer, batch)["unsup_cps"] * ramped == pytest.approx(
+        before["unsup_cps"] * (3 if setting == "cps_weight" else 1), rel=1e-4
+    )
+
+
+def test_other_readings_of_the_paper_reach_the_windows(make_trainer, monkeypatch):
+    name = "SSLTrainerCAD+shape=region+source=other_sample+oversized=skip+candidates=2+min_region=3"
+    trainer = start(make_trainer(name, configuration="2d"))
+    cad, copied, asked = sys.modules[SSLTrainerCAD.__module__], [], []
+    monkeypatch.setattr(cad, "displace", lambda *args: copied.append(args))
+    monkeypatch.setattr(
+        cad, "choose_windows", lambda own, other, **options: asked.append((other, options))
+    )
+    own, other = torch.rand(2, 2, 5, 16, 16)
+    trainer.displaced(own, other, trainer.choose(own, other))
+    assert torch.equal(copied[0][1], other.roll(1, 0)) and copied[0][-1] == "region"
+    assert torch.equal(torch.stack([source for source, _ in asked]), other.roll(1, 0))
+    options = asked[0][1]
+    assert [options[k] for k in ("oversized", "candidates", "min_region")] == ["skip", 2, 3]
+
+
+def test_passes_are_those_of_the_stated_cost(make_trainer):
+    trainer, batch = started(make_trainer, "+displaced_weight=0")
+    passes = []
+    for network in (trainer.student, trainer.peer, trainer.teacher):
+        network.register_forward_pre_hook(
+            lambda *_: passes.append(3 if torch.is_grad_enabled() else 1)
+        )
+    list(trainer.losses(batch))
+    assert sum(passes) / 3 == pytest.approx(trainer.step_cost)

@@ -134,8 +134,11 @@ def test_mixed_patches_keep_the_labels_of_the_unmixed_ones(ready, monkeypatch):
         assert torch.equal(inputs[name][1], x) and torch.equal(inputs[name][2], mixed)
 
 
-def test_passes_are_those_of_the_stated_cost(ready):
-    trainer, batch = ready()
+@pytest.mark.parametrize(
+    "settings", ["", "+box_mix=true", "+on_labeled=true", "+box_mix=true+on_labeled=true"]
+)
+def test_passes_are_those_of_the_stated_cost(ready, settings):
+    trainer, batch = ready(FULL + settings)
     passes = []
     for network in trainer.parts().values():
         network.register_forward_pre_hook(
@@ -155,6 +158,22 @@ def test_on_labeled_is_the_mean_over_all_patches(ready):
         ce = torch.nn.functional.cross_entropy(a, label, reduction="none")[:, None]
         expected = expected + ce[valid].mean() / 2
     torch.testing.assert_close(found["unsup"], expected)
+
+
+def test_ignored_voxels_teach_neither_network(ready):
+    trainer, batch = ready(FULL + "+on_labeled=true", "Ignore")
+    ignored = batch.target == trainer.label_manager.ignore_label
+    ignored[..., :4] = True
+    batch.target[..., :4] = trainer.label_manager.ignore_label
+    counted = []
+    whole = trainer.pseudo_loss
+    trainer.pseudo_loss = lambda *args: counted.append(args[2:4]) or whole(*args)
+    collect(trainer, batch)
+    labeled, _ = counted[:2], counted[2:]
+    assert len(counted) == 4 and ignored.any()
+    for masks in labeled:
+        for mask in masks:
+            assert torch.equal(mask, batch.valid_l & ~ignored)
 
 
 def planned(nnunet, batch_size):

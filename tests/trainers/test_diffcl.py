@@ -501,3 +501,4 @@ def test_settings_out_of_range_are_refused(setting, make_trainer):
 def test_cost_follows_the_sampling_steps():
     assert resolve("SSLTrainerDiffCL").step_cost == pytest.approx(22 / 3)
     assert resolve("SSLTrainerDiffCL+ddim_steps=3").step_cost == 5
+    assert resolve("SSLTrainerDiffCL+unsup_weight=0").step_cost == 1

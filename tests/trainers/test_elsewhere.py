@@ -86,12 +86,15 @@ def test_what_makes_the_host_wait_is_noticed(elsewhere):
         lambda: there[there > 0],
         lambda: there[torch.tensor([0])],
         lambda: there.nonzero(),
+        lambda: torch.zeros(3).to(elsewhere),
+        lambda: torch.tensor([1.0, 2.0], device=elsewhere),
     ):
         waits.clear()
         wait()
         assert len(waits) == 1
     waits.clear()
-    there[there.long()] + torch.zeros(3).to(elsewhere).where(there > 0, 1.0)
+    there[there.long()] + torch.zeros(3).to(elsewhere, non_blocking=True).where(there > 0, 1.0)
+    torch.full((2,), 3.0, device=elsewhere)
     assert not waits
 
 

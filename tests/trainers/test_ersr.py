@@ -88,7 +88,8 @@ def test_the_student_sees_patches_with_their_mirror_images(make_trainer, monkeyp
     _, mask = refine_by_ellipse(head, ellipse_distance(found, SHAPE), 0.6)
     mirror = mirror_at(found, SHAPE)
     expected = [data.x_u] + [
-        mirrored_image(data.x_u, mask, mirror, side, False) for side in ("left", "right")
+        mirrored_image(data.x_u, mask, data.valid_u, mirror, side, False)
+        for side in ("left", "right")
     ]
     for i, x in enumerate(expected):
         assert torch.equal(torch.cat([p.chunk(3)[i] for p in pieces]), x)
@@ -100,16 +101,17 @@ def test_terms_equal_their_definition(make_trainer, monkeypatch, size):
     trainer, data, head = started(make_trainer, monkeypatch, "+perturb=False", size=size)
     found = total(steps_of(trainer, data))
     ellipses = fit_ellipses(head > 0.6, data.valid_u)
-    _, mask = refine_by_ellipse(head, ellipse_distance(ellipses, SHAPE), 0.6)
+    distance = ellipse_distance(ellipses, SHAPE)
+    _, mask = refine_by_ellipse(head, distance, 0.6)
     mirror = mirror_at(ellipses, SHAPE)
-    kept = trainer.select(head, mask, data.valid_u, ellipses.found)
+    kept = trainer.select(head, mask, data.valid_u, distance <= 1, ellipses.found)
     with torch.no_grad():
         s = [
             trainer.head_prob(x)
             for x in (
                 data.x_u,
-                mirrored_image(data.x_u, mask, mirror, "left", False),
-                mirrored_image(data.x_u, mask, mirror, "right", False),
+                mirrored_image(data.x_u, mask, data.valid_u, mirror, "left", False),
+                mirrored_image(data.x_u, mask, data.valid_u, mirror, "right", False),
             )
         ]
     seg, aug, mir = [], [], []
@@ -149,7 +151,8 @@ def test_small_batches_have_the_gradient_of_one_graph(make_trainer, monkeypatch)
     _, mask = refine_by_ellipse(head, ellipse_distance(ellipses, SHAPE), 0.6)
     mirror = mirror_at(ellipses, SHAPE)
     images = [data.x_u] + [
-        mirrored_image(data.x_u, mask, mirror, side, False) for side in ("left", "right")
+        mirrored_image(data.x_u, mask, data.valid_u, mirror, side, False)
+        for side in ("left", "right")
     ]
     probs = trainer.head_prob(torch.cat(images)).chunk(3)
     joint = trainer.terms(probs, mask.float(), mirror, data.valid_u, torch.tensor([0.5, 0.5]))

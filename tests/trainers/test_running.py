@@ -915,7 +915,7 @@ def test_scaled_gradients_that_are_not_finite(make_trainer, monkeypatch):
     weights = [p.detach().clone() for p in trainer.student.parameters()]
     for a, b in zip(weights, twin.student.parameters(), strict=True):
         assert torch.equal(a, b)  # scales are powers of 2
-    assert trainer.grad_scaler.get_scale() == 2.0**15
+    assert trainer.grad_scaler.get_scale() == 2.0**16
     assert (trainer._dropped_pseudo, trainer._skipped_steps) == (1, 0)
 
     monkeypatch.setattr(trainer, "pseudo_loss", lambda *a: right(*a) * 1000)
@@ -926,11 +926,40 @@ def test_scaled_gradients_that_are_not_finite(make_trainer, monkeypatch):
     assert (trainer._dropped_pseudo, trainer._skipped_steps) == (1, 0)
 
 
+@pytest.mark.parametrize("spoilt", ["pseudo_loss", "loss"])
+def test_losses_that_are_not_finite_do_not_wear_the_scale_out(make_trainer, monkeypatch, spoilt):
+    """Halved by each of them it would end at 0: no gradient is left then, and 0 times inf is NaN."""
+    trainer = make_trainer("SSLTrainerFixMatch+warmup=0+threshold=0")
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3)
+    batch = next(trainer.dataloader_train)
+    of, name = (trainer, spoilt) if spoilt == "pseudo_loss" else (trainer.loss, "forward")
+    right = getattr(of, name)
+    monkeypatch.setattr(of, name, lambda *a: right(*a) * float("nan"))
+    for _ in range(6):
+        trainer.train_step(dict(batch))
+    assert trainer.grad_scaler.get_scale() == 2.0**3
+    dropped = (6, 0) if spoilt == "pseudo_loss" else (0, 6)
+    assert (trainer._dropped_pseudo, trainer._skipped_steps) == dropped
+    monkeypatch.undo()
+    before = [p.detach().clone() for p in trainer.student.parameters()]
+    trainer.train_step(dict(batch))
+    after = list(trainer.student.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert not torch.equal(before[0], after[0])
+
+
 def test_the_teacher_never_trains(make_trainer):
     """Its first labels are made before the first epoch."""
     trainer = make_trainer("SSLTrainer")
     trainer.on_train_start()
     assert not any(m.training for m in trainer.teacher.modules())
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    assert not any(m.training for m in trainer.teacher.modules())
+    assert all(m.training for m in trainer.student.modules())
 
 
 def test_best_checkpoint_after_continuing(make_trainer, monkeypatch):

@@ -14,10 +14,13 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.functional import pair_losses, partition
 from nnunet_ssl.history import read_log
 from nnunet_ssl.naming import resolve
+from nnunet_ssl.trainers import SSLTrainerSPCL as Trainer
 
+MODULE = __import__(Trainer.__module__, fromlist=["random_flips"])
 PRETRAIN, SPCL = "SSLTrainerSPCLPretrain", "SSLTrainerSPCL"
 OPEN = "+gamma_start=100"  # every pair counts from the start
 CONFIGURATIONS = ["2d", "3d_fullres"]
+DECODER = ("stages", "transpconvs", "seg_layers")
 
 
 @pytest.fixture
@@ -116,18 +119,18 @@ def test_all_images_are_used_and_those_of_the_validation_fold_are_not(ready, mak
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_encoder_and_projectors_learn_and_the_decoder_stays(ready, configuration):
     trainer, _ = ready(configuration=configuration)
-    before = copies(trainer.network.encoder), copies(trainer.network.decoder.transpconvs)
-    heads = copies(trainer.network.decoder.seg_layers)
+    before = copies(trainer.network.encoder)
+    decoder = {n: copies(getattr(trainer.network.decoder, n)) for n in DECODER}
     projectors = copies(trainer.companions["projectors"])
     for _ in range(2):
         trainer.train_step(next(trainer.dataloader_train))
     after = trainer.network.encoder.state_dict()
-    assert any(not torch.equal(v, after[k]) for k, v in before[0].items())
+    assert any(not torch.equal(v, after[k]) for k, v in before.items())
     assert any(
         not torch.equal(v, trainer.companions["projectors"].state_dict()[k])
         for k, v in projectors.items()
     )
-    for old, module in ((before[1], "transpconvs"), (heads, "seg_layers")):
+    for module, old in decoder.items():
         new = getattr(trainer.network.decoder, module).state_dict()
         assert all(torch.equal(v, new[k]) for k, v in old.items())
 
@@ -185,6 +188,9 @@ def test_terms_are_the_weighted_contrast_of_each_label(ready, name, configuratio
     trainer, batch = ready(f"{name}+pace=none+weights=1,0.5", configuration)
     weight = 1.0 if name == PRETRAIN else trainer.contrast_weight
     monkeypatch.setattr(trainer, "strong_intensity", lambda x, valid: x + 1)
+    monkeypatch.setattr(
+        MODULE, "random_flips", lambda n, axes, chance: torch.zeros(n, len(axes)).bool()
+    )
     terms: dict = {}
     for part in trainer.losses(batch):
         terms |= {k: terms.get(k, 0) + v for k, v in part.items()}
@@ -216,6 +222,38 @@ def test_terms_are_the_weighted_contrast_of_each_label(ready, name, configuratio
         torch.testing.assert_close(
             terms[f"unsup_{label}"], weight * lam * rows.mean(), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_the_second_view_is_flipped_with_its_places(ready, configuration, monkeypatch):
+    trainer, batch = ready(SPCL, configuration)
+    seen = {}
+
+    def flips(number, axes, chance):
+        seen["chance"] = chance
+        return torch.arange(number)[:, None] % 2 == torch.zeros(len(axes))  # every other patch
+
+    monkeypatch.setattr(MODULE, "random_flips", flips)
+    monkeypatch.setattr(trainer, "strong_intensity", lambda x, valid: x + 1)
+    monkeypatch.setattr(
+        trainer,
+        "contrast",
+        lambda x, valid, meta, *rest: seen.update(x=x, valid=valid, **meta) or [],
+    )
+    batch.valid_u[..., :3] = False
+    list(trainer.losses(batch))
+    assert seen["chance"] == 0.8
+    half, every = len(batch.x_u), tuple(range(2, batch.x_u.ndim))
+    maps = {"x": (batch.views["stock"], batch.x_u + 1), "valid": (batch.valid_u, batch.valid_u)}
+    if configuration == "3d_fullres":  # the slices' parts of the scan
+        maps["z_map"] = (batch.meta_u["z_map"],) * 2
+    else:
+        assert torch.equal(seen["position"], batch.meta_u["position"].repeat(2, 1))
+    for name, (first, second) in maps.items():
+        assert torch.equal(seen[name][:half], first)
+        for i, (found, image) in enumerate(zip(seen[name][half:], second, strict=True)):
+            moved = image if i % 2 else image.flip([a - 1 for a in every])
+            assert torch.equal(found, moved), name
 
 
 @pytest.mark.parametrize("pace", ["linear", "hard"])

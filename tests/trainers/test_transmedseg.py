@@ -85,7 +85,7 @@ def test_the_term_is_the_expected_ce_of_the_mixes(
     here, there = trainer.companions["source"], trainer.companions["target"]
     weight = trainer.student.decoder.seg_layers[-1].weight.flatten(1)
     parts = weight, there.mean - here.mean, there.covariance
-    keep, target = true[0], data.target
+    keep, target = true[0] & data.valid_l, data.target
     if trainer.regions:
         keep, target = keep & ~target[:, -1:].bool(), target[:, :-1]
         table = region_shift(weight, *(t.unflatten(0, (-1, 2)) for t in parts[1:]), 0.125)
@@ -199,6 +199,27 @@ def test_strength_grows_from_zero_over_the_second_stage(make_trainer, monkeypatc
         logits, label = torch.randn(1, 3, 4, 4), torch.zeros(1, 1, 4, 4)
         trainer.transfer_loss(logits, label, label == 0)
     assert (found["strength", 4], found["strength", 6]) == (0, 0.125)
+
+
+def test_a_spoilt_patch_costs_one_step(make_trainer):
+    trainer, _ = started(make_trainer)
+    spoilt = next(trainer.dataloader_train)
+    for images in (spoilt["data"], spoilt["unlabeled"]["views"]["stock"]):
+        images[0, 0, 4, 4, 4] = torch.nan
+    for data in (next(trainer.dataloader_train), spoilt, next(trainer.dataloader_train)):
+        trainer.train_step(data)
+    (terms,) = trainer.losses(Batch.from_loader(data, trainer.device))
+    assert all(value.isfinite() for value in terms.values())
+    assert trainer.shift_table(1.0).isfinite().all()
+
+
+def test_padding_of_annotated_patches_is_not_augmented(make_trainer):
+    trainer, data = started(make_trainer)
+    data.valid_l[..., :6] = False
+    logits = torch.randn(2, trainer.num_heads, *data.target.shape[2:], requires_grad=True)
+    label, keep = trainer.annotation(data, torch.ones_like(data.valid_l))
+    trainer.transfer_loss(logits, label, keep).backward()
+    assert not logits.grad[..., :6].any() and logits.grad[..., 6:].all()
 
 
 def test_unsure_voxels_can_be_left_out_of_the_memory(make_trainer):

@@ -117,15 +117,16 @@ def test_mirrored_passes_are_mirrored_back_and_spread(ready, monkeypatch):
     assert (trainer.uncertainty(x) > 0.99).all()
 
 
-def test_passes_are_those_of_the_stated_cost(ready):
-    trainer, batch = ready()
+@pytest.mark.parametrize("settings", ["", "+passes=2", "+passes=16", "+consistency_weight=0"])
+def test_passes_are_those_of_the_stated_cost(ready, settings):
+    trainer, batch = ready(FULL.replace("+consistency_weight=1", "") + settings)
     passes = []
     for network in (trainer.student, trainer.teacher):
         network.register_forward_pre_hook(
             lambda *_: passes.append(3 if torch.is_grad_enabled() else 1)
         )
     list(trainer.losses(batch))
-    assert sum(passes) / 3 == trainer.step_cost
+    assert sum(passes) / 3 == pytest.approx(trainer.step_cost)
 
 
 def test_settings_out_of_range_are_named():
