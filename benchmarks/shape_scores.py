@@ -121,8 +121,7 @@ def score(head: np.ndarray, prob: np.ndarray) -> dict[str, float] | None:
     ellipses = fit_ellipses(p > THRESHOLD, valid)
     if not ellipses.found.all():
         return None
-    distance = ellipse_distance(ellipses, p.shape[2:])
-    _, refined = refine_by_ellipse(p, distance, THRESHOLD)
+    _, refined = refine_by_ellipse(p, ellipse_distance(ellipses, p.shape[2:]), THRESHOLD)
     decided = p > 0.5
     boundary, contour = released_scores(p)[0].tolist()
     return {
@@ -130,7 +129,7 @@ def score(head: np.ndarray, prob: np.ndarray) -> dict[str, float] | None:
         "released boundary": boundary,
         "released contour": contour,
         "corrected boundary": boundary_excess(p, valid).item(),
-        "corrected contour": contour_roughness(decided, distance <= 1, valid).item(),
+        "corrected contour": contour_roughness(decided, valid).item(),
         "residual": 1 - dice(decided.numpy(), refined.numpy()),
     }
 

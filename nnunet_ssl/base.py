@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from nnunetv2.paths import nnUNet_raw
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -45,7 +45,7 @@ from nnunet_ssl.data.loader import (
 from nnunet_ssl.data.pseudo_labels import balanced, pseudo_labeled
 from nnunet_ssl.data.unlabeled import UnlabeledDataset, read_manifest, unlabeled_folder
 from nnunet_ssl.data.views import Pipeline
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import UnsupportedError, UserError
 from nnunet_ssl.functional import (
     confidence,
     copy_from_first,
@@ -134,7 +134,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     nnU-Net's preprocessing to its postprocessing, stays nnU-Net's.
 
     Raises:
-        NotImplementedError: cascade, several GPUs, regions, ignore label, or a dimension that the
+        UnsupportedError: cascade, several GPUs, regions, ignore label, or a dimension that the
             method does not support; before any folder is made.
     """
 
@@ -251,6 +251,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     ):
         self.refuse_unsupported(plans, configuration, dataset_json)
         type(self).check_settings()
+        self.refuse_missing_fold(plans["dataset_name"], fold)
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:
@@ -280,7 +281,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @classmethod
     def refuse_unsupported(cls, plans: dict, configuration: str, dataset_json: dict) -> None:
-        """Raise NotImplementedError for what the method cannot do; nothing has been made yet."""
+        """Raise UnsupportedError for what the method cannot do; nothing has been made yet."""
         manager = PlansManager(plans)
         config = manager.get_configuration(configuration)
         labels = manager.get_label_manager(dataset_json)
@@ -298,10 +299,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         }
         for feature, present in problems.items():
             if present:
-                raise NotImplementedError(
+                raise UnsupportedError(
                     f"{cls.__name__} does not support {feature}. `nnunet_ssl list` shows which "
                     f"trainers do."
                 )
+        stages = config.network_arch_init_kwargs.get("n_stages", 3)
+        if stages < 3 and cls.enable_deep_supervision:
+            raise UserError(
+                f"{cls.__name__}: the network of {configuration} has {stages} stages. nnU-Net's "
+                f"deep supervision leaves the lowest one out, so it would have no loss. Add "
+                f"+enable_deep_supervision=false, or plan with a larger patch."
+            )
         patches, rest = divmod(config.batch_size, process_count())
         if process_count() > 1 and (rest or patches < cls.least_patches):
             raise UserError(
@@ -312,6 +320,19 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         rule = "0: a batch of 1 patch has no other one to take a box from"
         several = config.batch_size > 1
         cls.require(several or cls.labeled_mix in (0, "auto"), "labeled_mix", rule)
+
+    @staticmethod
+    def refuse_missing_fold(dataset: str, fold: int | str) -> None:
+        """Raise UserError if the split of a data set has no such fold."""
+        path = Path(nnUNet_preprocessed.get() or "") / dataset / "splits_final.json"
+        if fold == "all" or not path.is_file():
+            return
+        splits = json.loads(path.read_text(encoding="utf-8"))
+        if not 0 <= int(fold) < len(splits):
+            raise UserError(
+                f"{path} has folds 0 to {len(splits) - 1}, not {fold}. Choose one of them, or fold "
+                f"all."
+            )
 
     def initialize(self) -> None:
         """Build student, companions, losses and optimizers."""
@@ -1157,9 +1178,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             (self._dropped_pseudo, "learnt from the annotated patches alone because the whole"),
         ):
             if count:
+                none = count == self.num_iterations_per_epoch and count == self._skipped_steps
                 self.print_to_log_file(
-                    f"WARNING: {count} steps of this epoch {what} gradient was not finite. If this "
-                    f"goes on, check the images for extreme values."
+                    f"WARNING: {count} steps of this epoch {what} gradient was not finite. "
+                    f"{'So nothing was learnt. ' if none else ''}If this goes on, check the images "
+                    f"for extreme values."
                 )
         self._skipped_steps = self._dropped_pseudo = 0
 
@@ -1230,12 +1253,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not path.is_file() and len(cases) < 5:
             raise UserError(f"{path} is missing, and {len(cases)} cases make no 5 folds. {fix}")
         if path.is_file():
+            self.refuse_missing_fold(path.parent.name, self.fold)
             splits = json.loads(path.read_text(encoding="utf-8"))
-            if not 0 <= self.fold < len(splits):
-                raise UserError(
-                    f"{path} has folds 0 to {len(splits) - 1}, not {self.fold}. Choose one of "
-                    f"them, or fold all."
-                )
             split = splits[self.fold]
             unknown = sorted({*split["train"], *split["val"]} - set(cases))
             if unknown:
@@ -1485,6 +1504,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for phase in self._phases:
             if phase.optimizer is not self.optimizer:
                 phase.optimizer.load_state_dict(state["optimizers"][phase.name])
+        for phase in self._phases:
+            # Adam counts its steps on the host, nnU-Net loads all to the device
+            for values in phase.optimizer.state.values():
+                if isinstance(values.get("step"), Tensor):
+                    values["step"] = values["step"].cpu()
         changed = {
             k: (v, state["settings"][k])
             for k, v in self.settings().items()

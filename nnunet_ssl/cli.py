@@ -4,6 +4,7 @@ Heavy modules are imported inside the sub-commands, so that `--help` answers at 
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -335,7 +336,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", required=True, type=Path, metavar="FOLDER", help="segmentations")
     sub.add_argument("-o", required=True, type=Path, metavar="OUT", help="folder for the scores")
     labels = sub.add_mutually_exclusive_group()
-    labels.add_argument("--labels", nargs="+", type=int, metavar="N", help="values to score")
+    labels.add_argument(
+        "--labels",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="all values in the masks but 0; each is scored",
+    )
     labels.add_argument(
         "--dataset-json",
         type=Path,
@@ -535,8 +542,11 @@ def dataset_id(name: str) -> int:
 def run_train(args: argparse.Namespace) -> None:
     """Print the estimate, run nnU-Net's training, print the command that predicts."""
     trainer = prepare(args)
+    plans = plans_of(args)
     if trainer is not None and not args.val:
         from nnunet_ssl.estimate import estimate
+
+        trainer.refuse_unsupported(*plans)
 
         print(estimate(args.dataset, args.configuration, args.p, args.tr, args.device), flush=True)
     from nnunetv2.run.run_training import run_training_entry
@@ -547,13 +557,41 @@ def run_train(args: argparse.Namespace) -> None:
     )
 
 
+def plans_of(args: argparse.Namespace) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Return plans, configuration and dataset.json of a training.
+
+    Raises:
+        UserError: no such data set, plans or configuration.
+    """
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    from nnunet_ssl.io import environment_folder
+    from nnunet_ssl.planning.api import read_plans
+
+    try:
+        name = maybe_convert_to_dataset_name(args.dataset)
+    except RuntimeError as error:
+        raise UserError(
+            f"No data set {args.dataset} below nnUNet_raw, nnUNet_preprocessed or nnUNet_results. "
+            f"Give its number (4) or DatasetXXX_NAME."
+        ) from error
+    base = environment_folder("nnUNet_preprocessed") / name
+    plans = read_plans(base, args.p, args.configuration)
+    content = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
+    return plans, args.configuration, content
+
+
 def run_spcl(args: argparse.Namespace) -> None:
     """Run both stages, print the command that predicts."""
     trainer = prepare(args)
     from nnunet_ssl.estimate import measure_elsewhere
+    from nnunet_ssl.naming import resolve
     from nnunet_ssl.two_stages import train_in_two_stages, with_settings_of
 
     first = args.pre or with_settings_of(args.tr, "SSLTrainerSPCLPretrain")
+    for name in (first, args.tr):
+        resolve(name)
+    plans_of(args)
     place = args.dataset, args.configuration, args.p
     try:
         told = measure_elsewhere(*place, [first, args.tr], args.device)
@@ -624,6 +662,14 @@ def require_trained_model(args: argparse.Namespace) -> None:
             f"No trained model in {model}. Give -d, -c, -tr and -p as in training, or train first: "
             f"nnunet_ssl train {args.d} {args.c} all -tr {args.tr}"
         )
+    from nnunet_ssl.export import find_checkpoints
+
+    find_checkpoints(model, args.f, args.chk or "checkpoint_final.pth")
+    ending = json.loads((model / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+    images = Path(args.i)
+    if not any(images.glob(f"*_0000{ending}")):
+        state = "holds no" if images.is_dir() else "does not exist. Give a folder with"
+        raise UserError(f"{images} {state} images named CASE_0000{ending}.")
 
 
 def prepare(args: argparse.Namespace) -> Any:
@@ -644,8 +690,9 @@ def prepare(args: argparse.Namespace) -> Any:
     os.environ[naming.VARIABLE] = trainer_path()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda (the default): no CUDA GPU found here. Add: -device cpu")
-    ours = naming.find_trainer(args.tr.split("+")[0])
-    return naming.resolve(args.tr) if ours else None
+    base = args.tr.split("+")[0]
+    known = base.startswith(DEFAULT_TRAINER) or naming.find_trainer(base)
+    return naming.resolve(args.tr) if known else None
 
 
 def call_nnunet(command: str, args: argparse.Namespace, entry: Callable[[], None]) -> None:

@@ -84,7 +84,7 @@ class CopyPasteTrainer(SemiSupervisedTrainer):
     def mix_loss(
         self, output: Any, batch: Batch, pseudo_label: Tensor, true_voxels: Tensor
     ) -> Terms:
-        """Return the loss of the second stage: true and pseudo-labelled voxels, each by their number.
+        """Return the loss of the second stage; true and pseudo-labelled voxels normalised apart.
 
         Args:
             output: the student's on the mixes.

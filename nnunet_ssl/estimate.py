@@ -135,7 +135,8 @@ def measure_elsewhere(
         raise UserError(str(error)) from error
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     if done.returncode != 0 or not lines:
-        raise UserError(lines[-1] if lines else f"exit code {done.returncode}")
+        told = lines[-1].removeprefix("nnunet_ssl.errors.UserError: ") if lines else ""
+        raise UserError(told or f"exit code {done.returncode}")
     return {name: tuple(told) for name, told in json.loads(lines[-1]).items()}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from nnunet_ssl import cli, doctor, estimate, naming
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import UnsupportedError, UserError
 from nnunet_ssl.version import check_nnunet_version
 
 COMMANDS = {
@@ -39,6 +40,11 @@ class FakeTrainer:
     step_memory, trained_networks = 1.0, 1
     supports_regions, supports_ignore, supports_ddp = True, False, False
     uses_unlabeled, twin = True, "SSLTrainerTwin+ema_decay=0.99"
+
+    @classmethod
+    def refuse_unsupported(cls, plans, configuration, dataset_json):
+        if configuration == "3d_lowres":
+            raise UnsupportedError("FakeTrainer does not support 3d_lowres.")
 
     @classmethod
     def settings(cls):
@@ -139,7 +145,43 @@ def entry_points(monkeypatch, fake_trainers):
     return seen
 
 
-def test_train_hands_arguments_on_and_prints_the_predict_command(entry_points, capsys):
+@pytest.fixture
+def planned(monkeypatch, tmp_path):
+    """Data set 4 as if it were planned; no model of it, and no images."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name / "Dataset004_X").mkdir(parents=True)
+        monkeypatch.setenv(name, str(tmp_path / name))
+    base = tmp_path / "nnUNet_preprocessed" / "Dataset004_X"
+    for plans in ("nnUNetPlans", "Small"):
+        content = {"configurations": {"2d": {}, "3d_lowres": {}}}
+        (base / f"{plans}.json").write_text(json.dumps(content))
+    (base / "dataset.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["5", "2d"], "No data set 5"),
+        (["4", "3d_fulres"], "no configuration 3d_fulres. Give one of these with -c: 2d, 3d_lowre"),
+        (["4", "2d", "-p", "nope"], "nope.json does not exist"),
+        (["4", "2d", "-tr", "SSLTrainerr"], "No trainer 'SSLTrainerr'"),
+        (["4", "3d_lowres"], "FakeTrainer does not support 3d_lowres"),
+    ],
+)
+def test_train_refuses_what_is_not_there_before_nnunet_starts(
+    entry_points, planned, monkeypatch, capsys, typed, told
+):
+    if "-tr" in typed:
+        monkeypatch.setattr(
+            naming, "resolve", lambda name: naming._resolve.__wrapped__(name, naming.TRAINERS)
+        )
+    assert cli.main(["train", *typed[:2], "all", *typed[2:], "-device", "cpu"]) == 2
+    assert told in capsys.readouterr().err
+    assert entry_points.argv is None and not entry_points.estimates
+
+
+def test_train_hands_arguments_on_and_prints_the_predict_command(entry_points, planned, capsys):
     typed = ["4", "2d", "all", "-tr", "SSLTrainer+num_epochs=3", "-p", "Small", "-device", "cpu"]
     typed += ["--npz", "-pretrained_weights", "w.pth", "--an_option_of_tomorrow"]
     before = list(sys.argv)
@@ -157,7 +199,7 @@ def test_train_hands_arguments_on_and_prints_the_predict_command(entry_points, c
     assert "export" not in text
 
 
-def test_train_takes_our_trainer_by_default_and_measures_nothing_for_val(entry_points):
+def test_train_takes_our_trainer_by_default_and_measures_nothing_for_val(entry_points, planned):
     cli.main(["train", "4", "2d", "0", "-device", "cpu", "--val"])
     assert entry_points.argv[-2:] == ["-tr", "SSLTrainer"]
     assert not entry_points.estimates
@@ -167,10 +209,22 @@ def test_predict_hands_arguments_on(entry_points, monkeypatch, tmp_path, capsys)
     model = tmp_path / "Dataset004_X" / "SSLTrainerOwn__nnUNetPlans__3d_fullres"
     model.mkdir(parents=True)
     (model / "plans.json").write_text("{}")
+    (model / "dataset.json").write_text('{"file_ending": ".png"}')
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("in put").mkdir()
     typed = ["-i", "in put", "-o", "out", "-d", "4", "-c", "3d_fullres", "-f", "0", "1"]
     typed += ["-tr", "SSLTrainerOwn", "-device", "cpu", "-chk", "checkpoint_best.pth"]
     typed += ["-prev_stage_predictions", "earlier"]
+    for fold, told in ((0, "-f 0\n"), (1, "holds no images named CASE_0000.png")):
+        (model / f"fold_{fold}").mkdir()
+        (model / f"fold_{fold}" / "checkpoint_best.pth").touch()
+        assert cli.main(["predict", *typed]) == 2
+        assert told in capsys.readouterr().err
+    Path("in put/case.png").touch()
+    assert cli.main(["predict", *typed]) == 2
+    assert entry_points.argv is None
+    Path("in put/case_0000.png").touch()
     assert cli.main(["predict", *typed]) == 0
     assert entry_points.argv == ["nnUNetv2_predict", *typed]
     text = capsys.readouterr().out

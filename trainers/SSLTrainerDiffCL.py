@@ -7,6 +7,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
+from torch._functorch import config as compiler
 from torch.optim import Optimizer
 
 from nnunet_ssl.base import Phase, SemiSupervisedTrainer, Terms
@@ -150,6 +151,9 @@ class SSLTrainerDiffCL(SemiSupervisedTrainer):
 
     def initialize(self) -> None:
         """Build all; take the Mamba module out, so that `-pretrained_weights` takes the plan's."""
+        if self._do_i_compile() and hasattr(compiler, "backward_pass_autocast"):
+            # else a compiled backward pass takes in half precision what ran in fp32 forwards
+            compiler.backward_pass_autocast = "off"
         super().initialize()
         patch_size = self.configuration_manager.patch_size
         stage = finest_stage(self.network, patch_size, self.max_tokens)

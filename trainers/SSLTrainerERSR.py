@@ -57,7 +57,7 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
            lambda = exp(-5 (1 - t)^2),  r = 0.5 + 0.5 exp(-5 (1 - t)^2),  t in stage 2
 
     Deviates: the released contour score is ruled by zeros around the image and says next to
-    nothing about the error; scores that do not follow size and place instead, added as ranks
+    nothing about the error; scores that are divided by the head's size instead, added as ranks
     (`score=released` is the published form, `score=residual` the distance to the ellipse itself).
     They are compared with the latest 512 samples, not with those of the epoch. A sample without an
     ellipse, as of an empty mask, has no weight; the released one teaches "no head". Points on the
@@ -164,7 +164,7 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
         distance = ellipse_distance(ellipses, x.shape[2:])
         soft, mask = refine_by_ellipse(head, distance, self.threshold)
         # Deviates: a sample without an ellipse is released with the target "no head"
-        kept = self.select(head, mask, valid, distance <= 1, ellipses.found) & ellipses.found
+        kept = self.select(head, mask, valid, ellipses.found) & ellipses.found
         self.track("found", ellipses.found.float().mean())
         self.track("kept", kept.float().mean())
         self.track_pseudo_labels(prob, valid & kept.view(-1, 1, 1, 1), valid)
@@ -227,16 +227,13 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
         return self.head(to_prob(full_res(self.student(x)), self.regions))
 
     @torch.no_grad()
-    def select(
-        self, head: Tensor, mask: Tensor, valid: Tensor, ellipse: Tensor, found: Tensor
-    ) -> Tensor:
+    def select(self, head: Tensor, mask: Tensor, valid: Tensor, found: Tensor) -> Tensor:
         """Return which samples are regular enough, (B,) bool; observe their scores.
 
         Args:
             head: the teacher's probability, (B, 1, H, W).
             mask: the refined one, (B, 1, H, W) bool.
             valid: (B, 1, H, W) bool, False on padding.
-            ellipse: (B, 1, H, W) bool, inside the fitted one.
             found: (B,) bool, samples with an ellipse; the others score worst.
         """
         decided = head > 0.5
@@ -247,8 +244,9 @@ class SSLTrainerERSR(SemiSupervisedTrainer):
             total = sum((t & valid).flatten(1).sum(1) for t in (decided, mask))
             scores = (1 - 2 * common / total.clamp_min(1))[:, None].expand(-1, 2)
         else:
-            contour = contour_roughness(decided, ellipse, valid)
-            scores = torch.stack([boundary_excess(head, valid), contour], 1)
+            scores = torch.stack(
+                [boundary_excess(head, valid), contour_roughness(decided, valid)], 1
+            )
         scores = torch.where(found[:, None], scores, WORST)
         self.observe("scores", scores)
         memory = self.companions["scores"]

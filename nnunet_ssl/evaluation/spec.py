@@ -259,6 +259,13 @@ def sizes(node: yaml.Node) -> tuple[int, ...]:
     return tuple(whole(1)(item) for item in node.value)
 
 
+def stages(node: yaml.Node) -> tuple[int, ...]:
+    """Channels of at least three stages; with two, deep supervision has no scale that counts."""
+    if not isinstance(node, yaml.SequenceNode) or len(node.value) < 3:
+        raise Misfit("a list of at least three whole numbers")
+    return sizes(node)
+
+
 def or_none(read: Read) -> Read:
     """What `read` takes, or null."""
     return lambda node: None if _plain(node) is None else read(node)
@@ -364,7 +371,7 @@ def read_test(section: Section, path: Read) -> HeldOut:
 def read_plans(section: Section) -> SmallPlans:
     """Read the section `plans`."""
     plans = SmallPlans(
-        features=section.take("features", sizes),
+        features=section.take("features", stages),
         batch=section.take("batch", or_none(whole(2)), None),
         convs_per_stage=section.take("convs_per_stage", whole(1), 2),
         patch=section.take("patch", or_none(sizes), None),

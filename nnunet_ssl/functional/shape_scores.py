@@ -39,41 +39,35 @@ def boundary_excess(prob: Tensor, valid: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def contour_roughness(mask: Tensor, smooth: Tensor, valid: Tensor) -> Tensor:
-    """Return how much more the distance to the outline of a mask bends than that of a smooth one.
+def contour_roughness(mask: Tensor, valid: Tensor) -> Tensor:
+    """Return how much the distance to the outline of a mask bends, for its size.
 
-    sum |Laplacian(signed distance)| / (2 pi r), r the radius of a disc of that area, less that of
-    the smooth mask, at least 0. The sum alone grows with the patch, and by the steps of the grid
-    with the mask; both are alike in a smooth mask of that size and place. On a grid of at most 128
-    pixels a side, since distances are exact and slow. Waits for the device.
+    sum |Laplacian(signed distance)| / (2 pi r), r the radius of a disc of that area. Outside, the
+    distance bends all over the patch: a smooth mask that is small for its patch scores as much as a
+    rough large one. On a grid of at most 128 pixels a side, since distances are exact and slow.
+    Waits for the device.
 
     Args:
         mask: (B, 1, H, W) bool.
-        smooth: (B, 1, H, W) bool, the ellipse that fits the mask.
         valid: (B, 1, H, W) bool, pixels that count.
 
     Returns:
-        (B,) float32, on the device of the mask; 1e6 where one of them is empty or full.
+        (B,) float32, on the device of the mask; 1e6 for empty and full masks.
 
     Source: corrects the contour regularity of Zhou et al. 2025 (ERSR), code, which an artefact at
         the frame of the image rules.
     """
     step = math.ceil(max(mask.shape[2:]) / COARSE)
-    maps = torch.cat([mask, smooth, valid], 1)[:, :, step // 2 :: step, step // 2 :: step].cpu()
+    both = torch.cat([mask, valid], 1)[:, :, step // 2 :: step, step // 2 :: step].cpu()
     scores = []
-    for inside, ellipse, counted in maps.numpy():
-        bends = [_bend(shape, counted) for shape in (inside, ellipse)]
-        scores.append(min(max(bends[0] - bends[1], 0.0), WORST) if max(bends) < WORST else WORST)
+    for inside, counted in both.numpy():
+        if not inside.any() or inside.all():
+            scores.append(WORST)
+            continue
+        signed = distance_transform_edt(~inside) - distance_transform_edt(inside)
+        bend = np.abs(_laplacian(signed, "edge"))[counted].sum()
+        scores.append(float(bend / (2 * math.sqrt(math.pi * inside.sum()))))
     return torch.tensor(scores).to(mask.device, non_blocking=True)
-
-
-def _bend(inside: np.ndarray, counted: np.ndarray) -> float:
-    """Return how much the distance to an outline bends, for its size; 1e6 without an outline."""
-    if not inside.any() or inside.all():
-        return WORST
-    signed = distance_transform_edt(~inside) - distance_transform_edt(inside)
-    bend = np.abs(_laplacian(signed, "edge"))[counted].sum()
-    return float(bend / (2 * math.sqrt(math.pi * inside.sum())))
 
 
 @torch.no_grad()

@@ -314,6 +314,7 @@ class CaseInfo:
         is_2d: the image is one slice.
         misplaced: a file whose header places the voxels elsewhere than that of the image, and how
             far; empty if there is none.
+        empty_mask: the mask holds background alone.
     """
 
     content: str
@@ -322,6 +323,7 @@ class CaseInfo:
     relative_size: float
     is_2d: bool
     misplaced: str = ""
+    empty_mask: bool = False
 
 
 def inspect_case(
@@ -361,16 +363,20 @@ def inspect_case(
     image = np.concatenate(arrays)
     del arrays
     if len(image) != num_channels:
+        fix = "Add the missing files (_0001, ...)"
+        if len(image) > num_channels:
+            fix = "If a file is 4D or in colour, store each of its channels in a file of its own,"
         raise UserError(
             f"{paths[0]} and its channels hold {len(image)} channel(s), dataset.json names "
-            f"{num_channels}. Add the missing files (_0001, ...) or correct channel_names."
+            f"{num_channels}. {fix} or correct channel_names."
         )
     if mask is not None:
         array, properties = _read(mask, reader_writer_class)
         misplaced += _check_geometry(
             mask, array[:1], properties, paths[0], image[:1], first, TURN_MASK
         )
-        unknown = sorted(set(np.unique(array).tolist()) - set(labels))
+        present = set(np.unique(array).tolist())
+        unknown = sorted(present - set(labels))
         if unknown:
             raise UserError(
                 f"{mask} holds values {unknown[:MAX_LISTED]} that dataset.json does not name under "
@@ -386,6 +392,7 @@ def inspect_case(
         relative_size=float(np.prod(cropped) / np.prod(image.shape[1:])),
         is_2d=image.shape[1] == 1,
         misplaced=misplaced[0] if misplaced else "",
+        empty_mask=mask is not None and present == {0},
     )
 
 
@@ -543,6 +550,14 @@ def inspect_dataset(
             f"WARNING: In {len(misplaced)} case(s) the headers place mask and image, or two "
             f"channels, apart, e.g. {misplaced[0]}. Voxels are taken as they are stored: look at "
             f"some with nnUNetv2_plot_overlay_pngs, and correct the headers or the files."
+        )
+    empty = [case for case, info in infos.items() if info.empty_mask]
+    if empty:
+        print(
+            f"WARNING: {len(empty)} of {len(raw.labeled)} masks mark nothing: "
+            f"{', '.join(empty[:MAX_LISTED])}{', ...' if len(empty) > MAX_LISTED else ''}. They "
+            f"teach that nothing is there. If they were only not drawn yet, move their images to "
+            f"imagesUn."
         )
     return {c: infos[c] for c in raw.labeled}, {c: infos[c] for c in raw.unlabeled}
 

@@ -21,7 +21,8 @@ def shrink_plans(
     Args:
         plans: nnU-Net's plans; not changed.
         configuration: "2d", "3d_lowres" or "3d_fullres".
-        features: channels of each stage, at least two stages.
+        features: channels of each stage, at least three: deep supervision gives the lowest scale no
+            weight, so two stages would have no loss.
         patch_size: voxels, (H, W) or (D, H, W); None keeps it.
         batch_size: None keeps it.
         convs_per_stage: convolutions (or residual blocks) of each stage.
@@ -33,10 +34,10 @@ def shrink_plans(
     config = new["configurations"][configuration]
     kwargs = config["architecture"]["arch_kwargs"]
     stages = len(features)
-    if not 2 <= stages <= kwargs["n_stages"]:
+    if not 3 <= stages <= kwargs["n_stages"]:
         raise ValueError(
             f"{stages} stages asked for; the plans of {configuration} have {kwargs['n_stages']} "
-            f"and at least 2 are needed"
+            f"and at least 3 are needed"
         )
     size = [int(i) for i in (config["patch_size"] if patch_size is None else patch_size)]
     if len(size) != len(config["patch_size"]):

@@ -34,7 +34,7 @@ dataset:
 test:
   last: 2
 configuration: 2d
-plans: {features: [4, 8], batch: 2}
+plans: {features: [4, 8, 8], batch: 2}
 labeled: [2]
 draws: [0, 1]
 seeds: [1]
@@ -348,7 +348,7 @@ def test_failed_cell_keeps_its_log_and_stops_no_other(place, commands, run, caps
 
 
 def test_a_data_set_that_cannot_be_planned_fails_its_cells(place, commands, run):
-    assert run("features: [4, 8]", "features: [4, 8, 8, 8]") == 1
+    assert run("features: [4, 8, 8]", "features: [4, 8, 8, 8]") == 1
     cells = runs(place)["cells"]
     assert {c["state"] for c in cells} == {"failed"}
     assert "Toy_2labeled was not made: plan: The plans of the spec" in cells[0]["error"]

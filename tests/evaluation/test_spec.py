@@ -76,7 +76,7 @@ def test_values_and_defaults(read):
         ("seeds: [1]", "seeds: [1]\nseeds: [2]", 12, "seeds: is given twice"),
         ("seeds: [1]", "seeds: [1]\ncolour: red", 12, "colour: is not known. Valid: .*labeled"),
         ("seeds: [1]", "seeds: [1]\nplanner: Best", 12, "planner: .*Best: nnU-Net has no such"),
-        ("seeds: [1]", "seeds: [1]\nplans: {features: [4]}", 12, "plans.features: .*at least two"),
+        ("seeds: [1]", "seeds: [1]\nplans: {features: [4, 8]}", 12, "features: .*at least three"),
         ("seeds: [1]", "seeds: [1]\npredict: {step_size: 2}", 12, "above 0, at most 1"),
         (
             "seeds: [1]",

@@ -55,5 +55,7 @@ def test_axes_that_cannot_be_halved_keep_their_size(plans):
 def test_bad_numbers(plans):
     with pytest.raises(ValueError, match="9 stages asked for"):
         shrink_plans(plans, "2d", (4,) * 9)
+    with pytest.raises(ValueError, match="at least 3 are needed"):
+        shrink_plans(plans, "2d", (4, 8))
     with pytest.raises(ValueError, match="has not the dimension"):
-        shrink_plans(plans, "2d", (4, 8), (8, 8, 8))
+        shrink_plans(plans, "2d", (4, 8, 8), (8, 8, 8))

@@ -101,10 +101,9 @@ def test_terms_equal_their_definition(make_trainer, monkeypatch, size):
     trainer, data, head = started(make_trainer, monkeypatch, "+perturb=False", size=size)
     found = total(steps_of(trainer, data))
     ellipses = fit_ellipses(head > 0.6, data.valid_u)
-    distance = ellipse_distance(ellipses, SHAPE)
-    _, mask = refine_by_ellipse(head, distance, 0.6)
+    _, mask = refine_by_ellipse(head, ellipse_distance(ellipses, SHAPE), 0.6)
     mirror = mirror_at(ellipses, SHAPE)
-    kept = trainer.select(head, mask, data.valid_u, distance <= 1, ellipses.found)
+    kept = trainer.select(head, mask, data.valid_u, ellipses.found)
     with torch.no_grad():
         s = [
             trainer.head_prob(x)

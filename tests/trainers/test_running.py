@@ -928,7 +928,7 @@ def test_scaled_gradients_that_are_not_finite(make_trainer, monkeypatch):
 
 @pytest.mark.parametrize("spoilt", ["pseudo_loss", "loss"])
 def test_losses_that_are_not_finite_do_not_wear_the_scale_out(make_trainer, monkeypatch, spoilt):
-    """Halved by each of them it would end at 0: no gradient is left then, and 0 times inf is NaN."""
+    """Halved by each it would end at 0: no gradient is left then, and 0 times inf is NaN."""
     trainer = make_trainer("SSLTrainerFixMatch+warmup=0+threshold=0")
     trainer.on_train_start()
     trainer.on_epoch_start()

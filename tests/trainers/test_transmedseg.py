@@ -215,6 +215,7 @@ def test_a_spoilt_patch_costs_one_step(make_trainer):
 
 def test_padding_of_annotated_patches_is_not_augmented(make_trainer):
     trainer, data = started(make_trainer)
+    data.valid_l[:] = True
     data.valid_l[..., :6] = False
     logits = torch.randn(2, trainer.num_heads, *data.target.shape[2:], requires_grad=True)
     label, keep = trainer.annotation(data, torch.ones_like(data.valid_l))
