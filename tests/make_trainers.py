@@ -55,6 +55,16 @@ def start(trainer):
     return trainer
 
 
+def start_apart(trainer):
+    """Do what comes before the first step, and give the teacher other weights than the student."""
+    start(trainer)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in trainer.teacher.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return trainer
+
+
 def next_batch(trainer):
     return Batch.from_loader(next(trainer.dataloader_train), trainer.device)
 

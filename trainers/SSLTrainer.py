@@ -196,7 +196,9 @@ class SSLTrainer(SemiSupervisedTrainer):
         """Return the teacher's decisions on fixed patches, and which of them are sure."""
         with self._autocast():
             prob = self.teacher_prob(x.to(self.device, non_blocking=True))
-        counted = self.companions["thresholds"].mask(prob) & valid.to(self.device)
+        counted = self.companions["thresholds"].mask(prob) & valid.to(
+            self.device, non_blocking=True
+        )
         return hard_labels(prob, self.regions), counted
 
     def look_again(self, x: Tensor, valid: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

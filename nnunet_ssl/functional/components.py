@@ -29,7 +29,8 @@ def largest_component(
     classes = range(1, num_classes) if classes is None else classes
     small = labels[:, 0].to(torch.uint8 if num_classes <= 256 else torch.int32)  # travels faster
     dropped = np.stack([_smaller_pieces(sample, classes) for sample in small.cpu().numpy()])
-    return torch.where(torch.from_numpy(dropped).to(labels.device)[:, None], 0, labels)
+    gone = torch.from_numpy(dropped).to(labels.device, non_blocking=True)[:, None]
+    return torch.where(gone, 0, labels)
 
 
 def largest_component_regions(mask: Tensor) -> Tensor:

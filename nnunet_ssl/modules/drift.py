@@ -56,7 +56,14 @@ class DriftGauge:
         counts, labels = [], []
         for (x, valid), before in zip(self._patches, self._before, strict=True):
             now, counted = self._label(x, valid)
-            counts.append(self._count(before.to(now.device), now, counted, valid.to(now.device)))
+            counts.append(
+                self._count(
+                    before.to(now.device, non_blocking=True),
+                    now,
+                    counted,
+                    valid.to(now.device, non_blocking=True),
+                )
+            )
             counts[-1] |= self._compare(*self._follow(x, valid, now))
             labels.append(_kept(now))
         self._before = labels

@@ -358,6 +358,20 @@ def test_image_with_channels_in_a_fourth_axis(tmp_path):
     sitk.WriteImage(image[::-1, :, :, 0], str(mask))
     with pytest.raises(UserError, match=r"a.nii.gz has its axes turned \(orientation RPS\)"):
         inspect_case([path], SimpleITKIO, 2, mask, [0])
+    with pytest.raises(UserError, match=r"hold 2 channel.*names 1\. If a file is 4D or in colour"):
+        inspect_case([path], SimpleITKIO, 1)
+    with pytest.raises(UserError, match=r"names 3\. Add the missing files"):
+        inspect_case([path], SimpleITKIO, 3)
+
+
+def test_masks_that_mark_nothing_are_named(toy, capsys):
+    inspect_dataset(read_raw_dataset(901), Workers(1))
+    assert "mark nothing" not in capsys.readouterr().out
+    path = toy / "labelsTr" / "tr_001.nii.gz"
+    mask = sitk.ReadImage(str(path))
+    sitk.WriteImage(mask * 0, str(path))
+    inspect_dataset(read_raw_dataset(901), Workers(1))
+    assert "WARNING: 1 of 3 masks mark nothing: tr_001. They teach" in capsys.readouterr().out
 
 
 def test_flat_images_with_a_direction(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from make_trainers import next_batch, start
+from make_trainers import next_batch, start, start_apart
 from torch.nn.functional import cross_entropy
 
 FULL = "SSLTrainerBCP+pretrain=0+largest_component=off+enable_deep_supervision=false"
@@ -13,11 +13,7 @@ def ready(make_trainer):
     """Return a function that makes a trainer, a batch, and lists of what is shown and counted."""
 
     def make(settings="", configuration="3d_fullres"):
-        trainer = start(make_trainer(FULL + settings, "Toy", configuration))
-        torch.manual_seed(3)
-        with torch.no_grad():
-            for p in trainer.teacher.parameters():
-                p.add_(0.3 * torch.randn_like(p))
+        trainer = start_apart(make_trainer(FULL + settings, "Toy", configuration))
         batch, shown, kept = next_batch(trainer), [], []
         batch.valid_u[..., :4] = False
         whole = trainer.masked_loss

@@ -2,25 +2,10 @@
 
 import pytest
 import torch
-from make_trainers import next_batch, start
+from make_trainers import next_batch, start, start_apart
 from torch.nn.functional import cross_entropy
 
 FULL = "SSLTrainerFixMatch+warmup=0"
-
-
-@pytest.fixture
-def ready(make_trainer):
-    """Return a function that makes a trainer, whose teacher is less undecided, and a batch."""
-
-    def make(name, dataset="Toy"):
-        trainer = start(make_trainer(name, dataset))
-        torch.manual_seed(3)
-        with torch.no_grad():
-            for p in trainer.teacher.parameters():
-                p.add_(0.3 * torch.randn_like(p))
-        return trainer, next_batch(trainer)
-
-    return make
 
 
 def term_of(trainer, batch):
@@ -29,8 +14,11 @@ def term_of(trainer, batch):
     return terms["unsup"]
 
 
-def test_the_teacher_labels_the_weak_view_and_the_student_learns_the_strong_one(ready, monkeypatch):
-    trainer, batch = ready(FULL + "+threshold=0.5+unsup_weight=3")
+def test_the_teacher_labels_the_weak_view_and_the_student_learns_the_strong_one(
+    make_trainer, monkeypatch
+):
+    trainer = start_apart(make_trainer(FULL + "+threshold=0.5+unsup_weight=3"))
+    batch = next_batch(trainer)
     monkeypatch.setattr(trainer, "strong_intensity", lambda x, valid: 2 * x + 1)
     batch.valid_u[..., :5] = False
     found = term_of(trainer, batch)
@@ -43,8 +31,11 @@ def test_the_teacher_labels_the_weak_view_and_the_student_learns_the_strong_one(
     torch.testing.assert_close(found, 3 * expected)
 
 
-def test_without_a_threshold_all_voxels_count(ready, monkeypatch):
-    trainer, batch = ready(FULL + "+threshold=0+unsup_weight=1+enable_deep_supervision=false")
+def test_without_a_threshold_all_voxels_count(make_trainer, monkeypatch):
+    trainer = start_apart(
+        make_trainer(FULL + "+threshold=0+unsup_weight=1+enable_deep_supervision=false")
+    )
+    batch = next_batch(trainer)
     batch.valid_u[:] = True
     monkeypatch.setattr(trainer, "strong_intensity", lambda x, valid: x)
     whole = trainer.pseudo_loss
@@ -55,8 +46,9 @@ def test_without_a_threshold_all_voxels_count(ready, monkeypatch):
 
 
 @pytest.mark.parametrize("dataset", ["Toy", "RegionsIgnore"])
-def test_unsure_voxels_teach_nothing(ready, dataset):
-    trainer, batch = ready(FULL + "+threshold=1.1", dataset)
+def test_unsure_voxels_teach_nothing(make_trainer, dataset):
+    trainer = start_apart(make_trainer(FULL + "+threshold=1.1", dataset))
+    batch = next_batch(trainer)
     value = term_of(trainer, batch)
     value.backward()
     grads = [p.grad for p in trainer.student.parameters() if p.grad is not None]

@@ -4,26 +4,11 @@ import math
 
 import pytest
 import torch
-from make_trainers import next_batch, start
+from make_trainers import next_batch, start_apart
 
 from nnunet_ssl.errors import UserError
 
 PLAIN = "SSLTrainerMeanTeacher+rampup=0+strong_view=false"
-
-
-@pytest.fixture
-def ready(make_trainer):
-    """Return a function that makes a trainer, whose networks differ, and a batch."""
-
-    def make(name=PLAIN, dataset="Toy"):
-        trainer = start(make_trainer(name, dataset))
-        torch.manual_seed(3)
-        with torch.no_grad():
-            for p in trainer.teacher.parameters():
-                p.add_(0.3 * torch.randn_like(p))
-        return trainer, next_batch(trainer)
-
-    return make
 
 
 def term_of(trainer, batch):
@@ -33,8 +18,9 @@ def term_of(trainer, batch):
 
 
 @pytest.mark.parametrize("dataset", ["Channels", "RegionsIgnore"])
-def test_the_students_probabilities_follow_those_of_the_noisy_teacher(ready, dataset):
-    trainer, batch = ready(PLAIN, dataset)
+def test_the_students_probabilities_follow_those_of_the_noisy_teacher(make_trainer, dataset):
+    trainer = start_apart(make_trainer(PLAIN, dataset))
+    batch = next_batch(trainer)
     batch.valid_u[..., :5] = False
     seen = []
     trainer.teacher.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -51,15 +37,17 @@ def test_the_students_probabilities_follow_those_of_the_noisy_teacher(ready, dat
     torch.testing.assert_close(found, 0.2 * expected, rtol=1e-4, atol=1e-7)
 
 
-def test_equal_networks_on_equal_views_agree(ready):
-    trainer, batch = ready(PLAIN + "+noise_std=0")
+def test_equal_networks_on_equal_views_agree(make_trainer):
+    trainer = start_apart(make_trainer(PLAIN + "+noise_std=0"))
+    batch = next_batch(trainer)
     assert term_of(trainer, batch) > 1e-4
     trainer.teacher.load_state_dict(trainer.student.state_dict())
     assert term_of(trainer, batch) < 1e-10
 
 
-def test_only_the_student_sees_the_strong_view_and_learns(ready, monkeypatch):
-    trainer, batch = ready("SSLTrainerMeanTeacher+rampup=0+noise_std=0")
+def test_only_the_student_sees_the_strong_view_and_learns(make_trainer, monkeypatch):
+    trainer = start_apart(make_trainer("SSLTrainerMeanTeacher+rampup=0+noise_std=0"))
+    batch = next_batch(trainer)
     monkeypatch.setattr(trainer, "strong_intensity", lambda x, valid: 2 * x + 1)
     inputs = {}
     for name in ("student", "teacher"):
@@ -73,8 +61,9 @@ def test_only_the_student_sees_the_strong_view_and_learns(ready, monkeypatch):
     assert any(p.grad is not None and p.grad.any() for p in trainer.student.parameters())
 
 
-def test_the_weight_ramps_up_over_training(ready):
-    trainer, batch = ready(PLAIN.replace("rampup=0", "rampup=1") + "+noise_std=0")
+def test_the_weight_ramps_up_over_training(make_trainer):
+    trainer = start_apart(make_trainer(PLAIN.replace("rampup=0", "rampup=1") + "+noise_std=0"))
+    batch = next_batch(trainer)
     values = []
     for step in (0, 4, 8):  # of 8
         trainer.step = step

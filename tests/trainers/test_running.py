@@ -114,9 +114,10 @@ def test_scans_that_do_not_belong_are_named_again_at_the_start(own_data, make_tr
     assert said == []
 
 
-def test_fold_not_in_the_splits(nnunet, make_trainer):
+def test_fold_not_in_the_splits(nnunet, make_trainer, tmp_path):
     with pytest.raises(UserError, match=r"splits_final\.json has folds 0 to 2, not 4"):
-        make_trainer("SSLTrainer", fold=4).on_train_start()
+        make_trainer("SSLTrainer", fold=4)
+    assert not (tmp_path / "results").exists()
 
 
 def test_split_names_a_case_without_mask(own_data, make_trainer):
@@ -203,6 +204,30 @@ def test_unsupported_is_refused_before_a_folder_is_made(
     with pytest.raises(NotImplementedError, match=rf"SSLTrainer.* does not support {feature}"):
         make_trainer("SSLTrainer", configuration="3d_fullres")
     assert not (tmp_path / "results").exists()
+
+
+def test_a_network_of_two_stages_is_refused_under_deep_supervision(
+    nnunet, make_trainer, monkeypatch, tmp_path
+):
+    """nnU-Net gives the lowest scale no weight; the loss of the only other one would be 0 / 0."""
+    preprocessed = tmp_path / "pre" / "Dataset901_Toy"
+    shutil.copytree(nnunet / "nnUNet_preprocessed" / "Dataset901_Toy", preprocessed)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "pre"))
+    path = preprocessed / "nnUNetPlans.json"
+    plans = json.loads(path.read_text(encoding="utf-8"))
+    kwargs = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    kwargs["n_stages"], kwargs["n_conv_per_stage_decoder"] = 2, [1]
+    for name in ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage"):
+        kwargs[name] = kwargs[name][:2]
+    path.write_text(json.dumps(plans))
+    with pytest.raises(UserError, match=r"2d has 2 stages.*\+enable_deep_supervision=false"):
+        make_trainer("SSLTrainer", configuration="2d")
+    assert not (tmp_path / "results").exists()
+    trainer = make_trainer("SSLTrainer+enable_deep_supervision=false", configuration="2d")
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
 
 
 # ---------------------------------------------------------------- start, end, logs
