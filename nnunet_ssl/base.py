@@ -1235,7 +1235,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         Masks that a model made validate nothing, and true ones are half of what is drawn.
 
         Raises:
-            UserError: no such fold, or a split that names cases which are not preprocessed.
+            UserError: no split and too few cases for one, or a split that names cases which are not
+                preprocessed.
         """
         train, val = self._read_split()
         made = pseudo_labeled(self.preprocessed_dataset_folder_base)
@@ -1253,7 +1254,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not path.is_file() and len(cases) < 5:
             raise UserError(f"{path} is missing, and {len(cases)} cases make no 5 folds. {fix}")
         if path.is_file():
-            self.refuse_missing_fold(path.parent.name, self.fold)
             splits = json.loads(path.read_text(encoding="utf-8"))
             split = splits[self.fold]
             unknown = sorted({*split["train"], *split["val"]} - set(cases))
